@@ -1,0 +1,186 @@
+"""The recipes: which sections each kind has, and the rules that need more than one section.
+
+A kind is one class here plus one entry in `RECIPE_KINDS`. Rules that need JAX (device counts, array shapes) live
+where JAX does; everything else is checked here, before JAX starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, model_validator
+
+from recipes.sections.base import (
+    FrozenMap,
+    OnlyWhen,
+    Problem,
+    RuleError,
+    Section,
+    Unless,
+    conditions,
+    no_effect,
+    plain,
+    spell,
+)
+from recipes.sections.data import DataSection, EvalSection, MixtureEntry
+from recipes.sections.model import MESH_AXES, MeshSection, ModelSection, TokenizerSection
+from recipes.sections.run import CheckpointSection, LoggingSection, RunSection
+from recipes.sections.training import OptimizerSection, ScheduleSection, TrainSection
+
+__all__ = [
+    "MESH_AXES", "RECIPE_KINDS", "CheckpointSection", "DataSection", "EvalSection", "FrozenMap", "LoggingSection",
+    "MeshSection", "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection", "PretrainRecipe", "Problem",
+    "Recipe", "RuleError", "RunSection", "ScheduleSection", "Section", "TokenizerSection", "TrainSection", "Unless",
+    "conditions", "effective_values", "flatten", "plain", "recipe_hash", "spell",
+]  # fmt: skip
+
+
+class Recipe(Section):
+    """What every kind of recipe has: where the run's files lie and what is shown of it."""
+
+    kind: str
+    """Which trainer runs the recipe."""
+    run: RunSection = RunSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Recipe:
+        found = [*self._ineffective_across_sections(), *self.cross_problems()]
+        if found:
+            raise RuleError(found)
+        return self
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules this recipe breaks that need several sections; keys are dotted."""
+        if self.run.resume == "must" and self.run.dir is None:
+            yield Problem(
+                "run.resume", "must", "there is no earlier attempt to continue without a directory", "set run.dir"
+            )
+
+    def _ineffective_across_sections(self) -> Iterator[Problem]:
+        for key, condition, switch in effect_conditions(type(self)):
+            if "." not in condition.key:
+                continue
+            value, chosen = lookup(self, key), lookup(self, switch)
+            default = default_of(type(self), key)
+            if value != default and not condition.holds(chosen):
+                yield no_effect(key, value, default, condition, switch, chosen)
+
+
+class PretrainRecipe(Recipe):
+    """Next-token training from random weights, or on from a checkpoint."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection = DataSection()
+    eval: EvalSection = EvalSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection = TrainSection()
+    mesh: MeshSection = MeshSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of pretraining that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        if self.model.preset is None and self.model.hf_path is None:
+            yield Problem(
+                "model.preset",
+                None,
+                "a model has an architecture",
+                "set model.preset (see models/presets) or model.hf_path",
+            )
+        real = self.data.kind != "synthetic"
+        if real and self.tokenizer.path is None and self.tokenizer.kind != "bytes":
+            yield Problem(
+                "tokenizer.path",
+                None,
+                f"data.kind={self.data.kind} reads text",
+                "set tokenizer.path to a folder, a hub id, a .model file, or bytes",
+            )
+        own_split = any((self.data.eval_path, self.data.eval_name, self.data.eval_split))
+        if real and self.eval.interval > 0 and not own_split:
+            yield Problem(
+                "eval.interval",
+                self.eval.interval,
+                "evaluation would read the training rows",
+                "set data.eval_split, data.eval_name or data.eval_path, or eval.interval=0",
+            )
+        many = self.mesh.num_processes is not None and self.mesh.num_processes > 1
+        if many and self.run.dir is None:
+            yield Problem(
+                "run.dir",
+                None,
+                f"the {self.mesh.num_processes} processes of a run share one directory",
+                "set run.dir to a folder that all of them see",
+            )
+
+
+RECIPE_KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe}
+
+
+def effect_conditions(recipe: type[Recipe]) -> Iterator[tuple[str, OnlyWhen, str]]:
+    """Yields (dotted key, condition, dotted key of the switch) for each setting that some mode ignores.
+
+    A condition on a section that this kind of recipe lacks is left out.
+    """
+    for name, field in recipe.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        for key, condition in conditions(section):
+            switch = condition.key if "." in condition.key else f"{name}.{condition.key}"
+            if switch.split(".")[0] in recipe.model_fields:
+                yield f"{name}.{key}", condition, switch
+
+
+def lookup(recipe: BaseModel, dotted: str) -> Any:
+    """The value at a dotted key of a recipe or section."""
+    value: Any = recipe
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def default_of(recipe: type[BaseModel], dotted: str) -> Any:
+    """The schema's default at a dotted key that names a section's field."""
+    section, _, key = dotted.partition(".")
+    owner: Any = recipe.model_fields[section].annotation
+    return owner.model_fields[key].get_default(call_default_factory=True)
+
+
+def effective_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain dicts, without the settings that the chosen modes ignore.
+
+    Those hold their defaults (anything else is an error), so loading the result gives an equal recipe, and a
+    later version of the schema may change such a default without touching old runs.
+    """
+    values = plain(recipe.model_dump(mode="python"))
+    for key, condition, switch in effect_conditions(type(recipe)):
+        if not condition.holds(lookup(recipe, switch)):
+            section, _, field = key.partition(".")
+            values[section].pop(field, None)
+    order = ("kind", *(name for name in values if name not in ("kind", "run", "logging")), "run", "logging")
+    return {name: values[name] for name in order}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one dict with dotted keys; empty mappings stay as values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, dotted))
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """The SHA-256, in hex, of the recipe's effective values; equal recipes have equal hashes on every machine."""
+    text = json.dumps(effective_values(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The sections a recipe is made of; import them from `recipes.schema`."""
