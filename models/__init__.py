@@ -1,0 +1,1 @@
+"""Models: configuration, pure operations, Linen and NNX shells, checkpoints, tokenizers and inference."""

@@ -1,0 +1,121 @@
+"""Both frameworks behind one functional face: parameters in, arrays out.
+
+Parameters are nested dicts in Linen's naming (`decoder/layers/...` or `decoder/layers_0/...`) whichever framework runs, so
+trainers, optimizers and sharding are written once; NNX state is made from them inside the traced function, which is free.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from models.config import TransformerConfig
+from models.inference.cache import KVCache
+from models.linen.transformer import Transformer as LinenTransformer
+from models.nnx.transformer import Transformer as NNXTransformer
+from models.ops.head import HeadParams, head_params
+from models.parameters import flatten, init_params, unflatten
+from recipes.schema import ModelSection
+
+Params = dict[str, Any]
+
+
+def nnx_path(path: tuple[str, ...]) -> tuple[str | int, ...]:
+    """The NNX path of a parameter: decoder/layers_3/... becomes decoder/layers/3/..."""
+    if len(path) > 1 and path[1].startswith("layers_"):
+        return (path[0], "layers", int(path[1].removeprefix("layers_")), *path[2:])
+    return path
+
+
+def linen_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
+    """The inverse of `nnx_path`."""
+    if len(path) > 2 and path[1] == "layers" and isinstance(path[2], int):
+        return (str(path[0]), f"layers_{path[2]}", *map(str, path[3:]))
+    return tuple(map(str, path))
+
+
+def abstract_nnx(config: TransformerConfig, options: ModelSection) -> NNXTransformer:
+    """The NNX model with shapes for arrays; allocates nothing."""
+    return nnx.eval_shape(lambda: NNXTransformer(config, options, rngs=nnx.Rngs(params=0)))
+
+
+def nnx_from_params(abstract: NNXTransformer, params: Params) -> NNXTransformer:
+    """An NNX model that holds `params`; the arrays are shared, not copied."""
+    graphdef, state = nnx.split(abstract)
+    values = {nnx_path(path): leaf for path, leaf in flatten(params)}
+    flat = [(path, variable.replace(values.pop(path))) for path, variable in nnx.to_flat_state(state)]
+    assert not values, f"parameters without a place in the model: {sorted(values)}"
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def params_from_nnx(model: NNXTransformer) -> Params:
+    """The parameters of an NNX model in Linen's naming; the arrays are shared, not copied."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return unflatten({linen_path(path): variable[...] for path, variable in flat})
+
+
+@dataclass(frozen=True)
+class FunctionalModel:
+    """A transformer of either framework as pure functions of its parameters."""
+
+    config: TransformerConfig
+    options: ModelSection
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draws parameters; the same key gives the same weights in either framework and layer layout."""
+        return init_params(
+            self.config,
+            key,
+            scan_layers=self.options.scan_layers,
+            param_scan_axis=self.options.param_scan_axis,
+            dtype=self.options.param_dtype,
+        )
+
+    @cached_property
+    def _linen(self) -> LinenTransformer:
+        return LinenTransformer(self.config, self.options)
+
+    @cached_property
+    def _abstract_nnx(self) -> NNXTransformer:
+        return abstract_nnx(self.config, self.options)
+
+    def hidden_states(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        attention_mask: jax.Array | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """All but the output head; arguments as in `models.nnx.transformer.Transformer.hidden_states`."""
+        args = (tokens, positions, cache, attention_mask, segment_ids)
+        if self.options.framework == "linen":
+            return self._linen.apply({"params": params}, *args, dropout_key=dropout_key, method="hidden_states")
+        return nnx_from_params(self._abstract_nnx, params).hidden_states(*args, dropout_key=dropout_key)
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        attention_mask: jax.Array | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        """Logits and cache; arguments as in `models.nnx.transformer.Transformer.hidden_states`."""
+        args = (tokens, positions, cache, attention_mask, segment_ids)
+        if self.options.framework == "linen":
+            return self._linen.apply({"params": params}, *args, dropout_key=dropout_key)
+        return nnx_from_params(self._abstract_nnx, params)(*args, dropout_key=dropout_key)
+
+    def head(self, params: Params) -> HeadParams:
+        """The output head's parameters."""
+        return head_params(params)

@@ -1,0 +1,57 @@
+"""Self-attention."""
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from models.attend import CachedLayer, attend
+from models.config import TransformerConfig
+from models.context import LayerInput, StepContext
+from models.linen.norm import Norm
+from models.linen.projection import Projection
+from models.parameters import attention_specs
+from models.remat import SAVED_PROJECTIONS
+from models.sharding import constrain
+from recipes.schema import ModelSection
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional fused projection, biases and per-head norms."""
+
+    config: TransformerConfig
+    options: ModelSection
+    static_window: int | None
+
+    def _projection(self, name: str, num_contract: int) -> Projection:
+        specs = attention_specs(self.config)[name]
+        return Projection(
+            specs["kernel"], specs.get("bias"), num_contract, self.options.quantization, self.options, name=name
+        )
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
+        """Attends within x [B, T, D], or to the layer's cache; returns the output and the new cache."""
+        if self.config.fused_qkv:
+            fused = self._projection("qkv_proj", 1)(x)
+            heads = [fused[:, :, i] for i in range(3)]
+        else:
+            heads = [self._projection(name, 1)(x) for name in ("query", "key", "value")]
+        query, key, value = (
+            checkpoint_name(constrain(head, "batch", "time", "activation_heads", None), name)
+            for head, name in zip(heads, SAVED_PROJECTIONS, strict=True)
+        )
+        if self.config.qk_norm:
+            scale = attention_specs(self.config)["query_norm"]["scale"]
+            query = Norm(scale, None, self.config, self.options, name="query_norm")(query)
+            key = Norm(scale, None, self.config, self.options, name="key_norm")(key)
+        mixed, cached = attend(
+            self.config,
+            context,
+            layer,
+            query,
+            key,
+            value,
+            static_window=self.static_window,
+            implementation=self.options.attention,
+        )
+        return self._projection("out", 2)(mixed), cached

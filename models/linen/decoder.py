@@ -1,0 +1,111 @@
+"""Decoder layers, and their stack: scanned or unrolled."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from models.attend import CachedLayer
+from models.config import TransformerConfig
+from models.context import LayerInput, StepContext, layer_input, layer_inputs
+from models.inference.cache import KVCache
+from models.linen.attention import Attention
+from models.linen.embedding import Embedding
+from models.linen.mlp import MLP
+from models.linen.norm import Norm
+from models.ops.linear import dropout
+from models.parameters import head_specs, layer_norm_names, norm_specs, position_specs
+from models.remat import LAYER_INPUT, remat_policy
+from models.sharding import constrain
+from recipes.schema import ModelSection
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residual sums; Gemma 2 normalises both outputs as well."""
+
+    config: TransformerConfig
+    options: ModelSection
+    static_window: int | None
+
+    def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
+        if name is None:
+            return x
+        specs = norm_specs(self.config)
+        return Norm(specs["scale"], specs.get("bias"), self.config, self.options, name=name)(x)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
+        """x [B, T, D] to [B, T, D], and the layer's new cache."""
+        names = layer_norm_names(self.config)
+        x = checkpoint_name(constrain(x, "batch", "time", "activation_embed"), LAYER_INPUT)
+        key = None if context.dropout_key is None else jax.random.fold_in(context.dropout_key, layer.index)
+        mlp_key, output_key = (None, None) if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
+        attention = Attention(self.config, self.options, self.static_window, name="self_attention")
+        mixed, cached = attention(self._norm(names.before_attention, x), context, layer)
+        x = x + self._norm(names.after_attention, mixed)
+        mlp = MLP(self.config, self.options, name="mlp")
+        x = x + self._norm(names.after_mlp, mlp(self._norm(names.before_mlp, x), mlp_key))
+        return dropout(x, output_key, rate=self.options.dropout_rate, broadcast_time=True), cached
+
+
+class Decoder(nn.Module):
+    """Positions, layers, the last norm, and the untied output head."""
+
+    config: TransformerConfig
+    options: ModelSection
+
+    def setup(self) -> None:
+        """Declares the submodules."""
+        config, options = self.config, self.options
+        if config.position == "learned":
+            self.position_embedder = Embedding(position_specs(config)["embedding"], options)
+        layer_class = DecoderLayer
+        if options.remat != "none":
+            layer_class = nn.remat(
+                DecoderLayer, policy=remat_policy(options.remat), prevent_cse=not options.scan_layers
+            )
+        windows = config.layer_windows()
+        if options.scan_layers:
+            scanned = nn.scan(
+                layer_class,
+                variable_axes={"params": options.param_scan_axis},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=config.num_layers,
+            )
+            self.layers = scanned(config, options, windows[0])
+        else:
+            # A list attribute named `layers` gives the children the names layers_0, layers_1, ...
+            self.layers = [layer_class(config, options, window) for window in windows]
+        specs = norm_specs(config)
+        self.decoder_norm = Norm(specs["scale"], specs.get("bias"), config, options)
+        if not config.tied_embeddings:
+            self.logits_dense = Head(config, options)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, context: StepContext, cache: KVCache | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Embedded tokens [B, T, D] to normalised hidden states, and the cached keys and values of all layers."""
+        if self.config.position == "learned":
+            x = x + self.position_embedder(positions)
+        if self.options.scan_layers:
+            x, cached = self.layers(x, context, layer_inputs(self.config, cache))
+        else:
+            caches = []
+            for index, module in enumerate(self.layers):
+                x, layer_cache = module(x, context, layer_input(self.config, cache, index))
+                caches.append(layer_cache)
+            cached = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+        return self.decoder_norm(x), cached
+
+
+class Head(nn.Module):
+    """Owns the untied output head's kernel [D, V]; `Transformer.logits` multiplies with it."""
+
+    config: TransformerConfig
+    options: ModelSection
+
+    def setup(self) -> None:
+        """Declares the kernel."""
+        spec = head_specs(self.config)["kernel"]
+        self.kernel = self.param("kernel", spec.initialize, jnp.dtype(self.options.param_dtype))

@@ -1,0 +1,40 @@
+"""The feed-forward block."""
+
+import jax
+from flax import linen as nn
+
+from models.config import TransformerConfig
+from models.linen.norm import Norm
+from models.linen.projection import Projection
+from models.ops.linear import ACTIVATIONS, dropout
+from models.parameters import mlp_names, mlp_specs
+from models.sharding import constrain
+from recipes.schema import ModelSection
+
+
+class MLP(nn.Module):
+    """act(x W_0) * (x W_1) W_o, or act(x W) W_o without a gate (Shazeer 2020)."""
+
+    config: TransformerConfig
+    options: ModelSection
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """x [B, T, D] to [B, T, D]."""
+        specs = mlp_specs(self.config)
+
+        def projection(name: str) -> Projection:
+            return Projection(
+                specs[name]["kernel"], specs[name].get("bias"), 1, self.options.quantization, self.options, name=name
+            )
+
+        if "mlp_layer_norm" in specs:
+            norm = specs["mlp_layer_norm"]
+            x = Norm(norm["scale"], norm.get("bias"), self.config, self.options, name="mlp_layer_norm")(x)
+        gate, *linear = [projection(name)(x) for name in mlp_names(self.config)]
+        hidden = ACTIVATIONS[self.config.activation](gate)
+        for branch in linear:
+            hidden = hidden * branch
+        hidden = constrain(hidden, "batch", "time", "activation_mlp")
+        hidden = dropout(hidden, dropout_key, rate=self.options.dropout_rate, broadcast_time=True)
+        return projection("wo")(hidden)

@@ -1,0 +1,1 @@
+"""The transformer in Flax NNX; file for file the twin of models.linen."""

@@ -1,0 +1,39 @@
+"""The feed-forward block."""
+
+import jax
+from flax import nnx
+
+from models.config import TransformerConfig
+from models.nnx.norm import Norm
+from models.nnx.projection import Projection
+from models.ops.linear import ACTIVATIONS, dropout
+from models.parameters import mlp_names, mlp_specs
+from models.sharding import constrain
+from recipes.schema import ModelSection
+
+
+class MLP(nnx.Module):
+    """act(x W_0) * (x W_1) W_o, or act(x W) W_o without a gate (Shazeer 2020)."""
+
+    def __init__(self, config: TransformerConfig, options: ModelSection, *, rngs: nnx.Rngs) -> None:
+        self.config, self.options = config, options
+        specs = mlp_specs(config)
+        if "mlp_layer_norm" in specs:
+            self.mlp_layer_norm = Norm(specs["mlp_layer_norm"], config, options=options, rngs=rngs)
+        for name in (*mlp_names(config), "wo"):
+            projection = Projection(
+                specs[name], num_contract=1, quantization=options.quantization, options=options, rngs=rngs
+            )
+            setattr(self, name, projection)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """x [B, T, D] to [B, T, D]."""
+        if self.config.family == "gpt3":
+            x = self.mlp_layer_norm(x)
+        gate, *linear = [getattr(self, name)(x) for name in mlp_names(self.config)]
+        hidden = ACTIVATIONS[self.config.activation](gate)
+        for branch in linear:
+            hidden = hidden * branch
+        hidden = constrain(hidden, "batch", "time", "activation_mlp")
+        hidden = dropout(hidden, dropout_key, rate=self.options.dropout_rate, broadcast_time=True)
+        return self.wo(hidden)

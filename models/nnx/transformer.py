@@ -1,0 +1,103 @@
+"""The language model."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from models.config import TransformerConfig
+from models.context import step_context
+from models.inference.cache import KVCache
+from models.nnx.decoder import Decoder
+from models.nnx.embedding import Embedding
+from models.ops.head import HeadParams, output_logits
+from models.ops.linear import dropout
+from models.parameters import embedding_specs
+from models.sharding import constrain
+from recipes.schema import ModelSection
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer; the call contract is Tunix's, plus segment ids and a dropout key."""
+
+    def __init__(self, config: TransformerConfig, options: ModelSection, *, rngs: nnx.Rngs) -> None:
+        self.config, self.options = config, options
+        self.token_embedder = Embedding(embedding_specs(config), options=options, rngs=rngs)
+        self.decoder = Decoder(config, options, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        attention_mask: Bool[Array, "B T S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        """Logits for every token; see `hidden_states` for the arguments."""
+        hidden, cache = self.hidden_states(
+            tokens, positions, cache, attention_mask, segment_ids, dropout_key=dropout_key
+        )
+        return self.logits(hidden), cache
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        attention_mask: Bool[Array, "B T S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Runs all but the output head.
+
+        Args:
+            tokens: ids.
+            positions: position of each token in its document; None counts along the row.
+            cache: what earlier tokens left; the new ones stand behind each slot's length.
+            attention_mask: replaces causality, segments and windows.
+            segment_ids: the document of each token, 0 for padding; None makes one document of each row. Ignored with a cache.
+            dropout_key: switches dropout on.
+
+        Returns:
+            The last norm's output, and the cache with T more tokens in each slot.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        config, rate = self.config, self.options.dropout_rate
+        context = step_context(
+            config,
+            positions,
+            segment_ids=segment_ids,
+            attention_mask=attention_mask,
+            cache=cache,
+            dropout_key=dropout_key,
+        )
+        x = self.token_embedder(tokens)
+        if config.scale_embeddings:
+            x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
+        x = constrain(x, "batch", "time", "activation_embed")
+        first, last = (None, None)
+        if dropout_key is not None:
+            first, last = (jax.random.fold_in(dropout_key, config.num_layers + i) for i in range(2))
+        x = dropout(x, first, rate=rate, broadcast_time=False)
+        x, cached = self.decoder(x, positions, context, cache)
+        x = dropout(x, last, rate=rate, broadcast_time=False)
+        if cache is not None and cached is not None:
+            cache = KVCache(cached[0], cached[1], cache.lengths + tokens.shape[1])
+        return x, cache
+
+    def head(self) -> HeadParams:
+        """The output head's parameters, as `models.ops.head.head_params` names them."""
+        if self.config.tied_embeddings:
+            return {"embedding": self.token_embedder.embedding[...]}
+        return {"kernel": self.decoder.logits_dense.kernel[...]}
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The output head: normalised hidden states to logits in the logits dtype."""
+        logits = output_logits(
+            self.head(), hidden, softcap=self.config.logits_softcap, dtype=jnp.dtype(self.options.logits_dtype)
+        )
+        return constrain(logits, "batch", "time", "activation_vocab")

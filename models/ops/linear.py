@@ -1,0 +1,54 @@
+"""Projections, activations and dropout."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+DotGeneral = Callable[..., jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def project(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Float[Array, "..."] | None, *, num_contract: int,
+    dot_general: DotGeneral,
+) -> Float[Array, "..."]:
+    """Contracts the last `num_contract` axes of x with the first of the kernel, and adds the bias.
+
+    Args:
+        x: [..., *inputs] in the compute dtype.
+        kernel: [*inputs, *outputs]; cast to x's dtype.
+        bias: [*outputs] or None; cast likewise.
+        num_contract: number of input axes.
+        dot_general: `jax.lax.dot_general` or a quantised one of the same signature.
+
+    Returns:
+        [..., *outputs] in x's dtype.
+    """
+    contract = tuple(range(x.ndim - num_contract, x.ndim)), tuple(range(num_contract))
+    out = dot_general(x, kernel.astype(x.dtype), (contract, ((), ()))).astype(x.dtype)
+    return out if bias is None else out + bias.astype(x.dtype)
+
+
+def dropout(
+    x: Float[Array, "B T D"], key: PRNGKeyArray | None, *, rate: float, broadcast_time: bool
+) -> Float[Array, "B T D"]:
+    """Inverted dropout (Srivastava et al. 2014): zero with probability `rate`, else divide by 1 - rate.
+
+    Args:
+        x: activations.
+        key: decides the mask; None switches dropout off.
+        rate: in [0, 1).
+        broadcast_time: draw one mask for all tokens of a row.
+    """
+    if key is None or rate == 0.0:
+        return x
+    shape = (x.shape[0], 1, x.shape[2]) if broadcast_time else x.shape
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

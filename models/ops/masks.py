@@ -1,0 +1,35 @@
+"""Which keys a query may see, as boolean arrays."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+FULL_WINDOW = 1 << 30
+"""A window no sequence reaches: what a full layer carries where windows are traced."""
+
+
+def causal_mask(
+    segment_ids: Int[Array, "B T"], window: int | Int[Array, ""] | None
+) -> Bool[Array, "B T T"]:
+    """Query i sees key j when j <= i, i - j < window, both lie in one segment, and that is not padding (0).
+
+    Args:
+        segment_ids: the document of each token, 0 for padding.
+        window: tokens a query sees, itself included; None for all.
+    """
+    index = jnp.arange(segment_ids.shape[1])
+    distance = index[:, None] - index[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return visible[None] & same & (segment_ids[:, None, :] != 0)
+
+
+def cache_mask(
+    lengths: Int[Array, " B"], num_queries: int, num_keys: int, window: int | Int[Array, ""] | None
+) -> Bool[Array, "B T S"]:
+    """Query t of a row that already held `lengths` tokens stands at cache index lengths + t and sees what is behind it."""
+    query = lengths[:, None] + jnp.arange(num_queries)[None, :]
+    distance = query[:, :, None] - jnp.arange(num_keys)[None, None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
