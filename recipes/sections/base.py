@@ -18,6 +18,7 @@ class FrozenMap(Mapping[str, Any]):
     """An immutable, hashable mapping; lists inside become tuples and mappings inside become FrozenMaps."""
 
     __slots__ = ("_items",)
+    _items: dict[str, Any]
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         object.__setattr__(self, "_items", {str(key): frozen(value) for key, value in (items or {}).items()})
@@ -182,7 +183,8 @@ class Section(BaseModel):
             value, default = getattr(self, name), type(self).model_fields[name].get_default(call_default_factory=True)
             chosen = getattr(self, condition.key)
             if value != default and not condition.holds(chosen):
-                yield no_effect(name, value, default, condition, condition.key, chosen)
+                switch = f"{type(self).__name__.removesuffix('Section').lower()}.{condition.key}"
+                yield no_effect(name, value, default, condition, switch, chosen)
 
 
 def conditions(section: type[BaseModel]) -> Iterator[tuple[str, OnlyWhen]]:

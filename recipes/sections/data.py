@@ -23,7 +23,7 @@ class MixtureEntry(Section):
     """The split, as data.split."""
     text_column: str | None = None
     """The column that holds the text, as data.text_column."""
-    weight: float = Field(1.0, gt=0.0)
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
     """The share of documents drawn from this source, relative to the other weights."""
 
     def problems(self) -> Iterator[Problem]:
@@ -36,7 +36,7 @@ class DataSection(Section):
     """The training rows: where they come from, and how documents are laid into rows."""
 
     kind: Literal["synthetic", "tfds", "hf", "text"] = "synthetic"
-    """synthetic: one random batch, repeated; tfds: a TFDS folder; hf: a Hugging Face dataset; text: local text files."""
+    """synthetic: one random batch, repeated; tfds: a TFDS folder; hf: Hugging Face datasets; text: local text files."""
     path: Annotated[str | None, READ_FROM_DISK] = None
     """The TFDS data folder, a local Hugging Face dataset, or text files; relative to the working folder."""
     name: Annotated[str | None, OnlyWhen("kind", "tfds", "hf")] = None
@@ -51,7 +51,7 @@ class DataSection(Section):
     """As split, for evaluation; null is data.split, which then needs an eval_path or eval_name of its own."""
     text_column: Annotated[str, READ_FROM_DISK] = "text"
     """The column that holds a document."""
-    sequence_length: int = Field(2048, ge=1)
+    sequence_length: Annotated[int, Field(ge=1)] = 2048
     """Tokens in a row."""
     packing: bool = True
     """Lay several documents into one row, kept apart by segment ids; otherwise one document a row, padded."""
@@ -99,7 +99,7 @@ class DataSection(Section):
 class EvalSection(Section):
     """The held-out loss: when it is taken and over how much."""
 
-    interval: int = Field(0, ge=0)
+    interval: Annotated[int, Field(ge=0)] = 0
     """Completed training steps between evaluations; 0 turns evaluation off."""
     steps: Annotated[int | None, Field(ge=1), Unless("interval", 0)] = None
     """Batches in one evaluation; null is the whole split."""

@@ -38,7 +38,7 @@ class ModelSection(Section):
     """Matrix products and activations."""
     logits_dtype: Dtype = "float32"
     """The vocabulary head's output; softmax and loss sums are float32 in any case."""
-    dropout_rate: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """The probability that an activation is zeroed in training; 0 turns dropout off."""
     quantization: Literal["none", "int8", "fp8"] = "none"
     """The number format of the projections' matrix products in training."""
@@ -117,15 +117,15 @@ class MeshSection(Section):
     """Pipeline stages: shards of the layers."""
     rules: FrozenDict = FrozenMap()
     """Logical axis to mesh axes, such as {embed: [fsdp]}; replaces single entries of models/sharding's table."""
-    dcn_data: int = Field(1, ge=1)
+    dcn_data: Annotated[int, Field(ge=1)] = 1
     """Slices joined by the data-centre network; each holds a full copy and only gradients cross it."""
-    num_devices: int | None = Field(None, ge=1)
+    num_devices: Annotated[int | None, Field(ge=1)] = None
     """Use the first so many devices; null uses all."""
     coordinator_address: str | None = None
     """host:port of process 0 for jax.distributed; null on one host, or where the cluster is detected."""
-    num_processes: int | None = Field(None, ge=1)
+    num_processes: Annotated[int | None, Field(ge=1)] = None
     """Processes in the run; set together with coordinator_address and process_id."""
-    process_id: int | None = Field(None, ge=0)
+    process_id: Annotated[int | None, Field(ge=0)] = None
     """This process's number, from 0."""
 
     def problems(self) -> Iterator[Problem]:

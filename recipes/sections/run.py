@@ -82,11 +82,11 @@ class LoggingSection(Section):
     """Write TensorBoard events into the run directory."""
     console: Literal["rich", "plain", "none"] = "rich"
     """rich draws a progress bar on a terminal and prints plain lines elsewhere."""
-    interval: int = Field(1, ge=1)
+    interval: Annotated[int, Field(ge=1)] = 1
     """Completed steps between rows of training metrics."""
     profile_steps: Annotated[tuple[int, int] | None, AsTuple] = None
     """The first and the last completed step of a profiler trace, such as [5, 7]; null traces none."""
-    peak_flops: float | None = Field(None, gt=0.0)
+    peak_flops: Annotated[float | None, Field(gt=0.0)] = None
     """Floating-point operations a second of one device, for perf/mfu; null measures once and remembers."""
 
     def problems(self) -> Iterator[Problem]:

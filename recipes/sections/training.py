@@ -17,17 +17,17 @@ ADAM_LIKE = OnlyWhen("name", "adamw", "adam_pax", "muon")
 class TrainSection(Section):
     """The training loop's length, batch and guards."""
 
-    steps: int = Field(10, ge=1)
+    steps: Annotated[int, Field(ge=1)] = 10
     """Optimizer steps in the whole run, resumed attempts included."""
-    per_device_batch_size: float = Field(1.0, gt=0.0)
+    per_device_batch_size: Annotated[float, Field(gt=0.0)] = 1.0
     """Rows a device trains on in one micro-batch; below 1, devices x this many rows are trained in all."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Micro-batches summed into one optimizer step; the result equals one batch of that many times the rows."""
-    seed: int = Field(0, ge=0)
+    seed: Annotated[int, Field(ge=0)] = 0
     """The seed of parameters and dropout."""
-    z_loss: float = Field(0.0, ge=0.0)
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
     """The weight of log(sum(exp(logits)))^2 added to each token's loss."""
-    loss_chunk_size: int | None = Field(None, ge=1)
+    loss_chunk_size: Annotated[int | None, Field(ge=1)] = None
     """Tokens whose logits exist at one time in the vocabulary head; null chooses by vocabulary size."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: end the run, or leave the step out and count it."""
@@ -42,7 +42,7 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "adam_pax", "sgd", "adafactor", "muon"] = "adamw"
     """adam_pax is AdamW with the bias correction folded into its moments; muon trains what is no matrix with AdamW."""
-    learning_rate: float = Field(3e-5, gt=0.0)
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-5
     """The peak rate; the schedule scales it."""
     b1: Annotated[float, Field(ge=0.0, lt=1.0), ADAM_LIKE] = 0.9
     """Decay of the first moment."""
@@ -56,7 +56,7 @@ class OptimizerSection(Section):
     """Decoupled decay: the share of a parameter, times the rate, taken away each step."""
     momentum: Annotated[float | None, Field(ge=0.0, lt=1.0), OnlyWhen("name", "sgd", "adafactor")] = None
     """Decay of the momentum of sgd or adafactor; null has none."""
-    clip_norm: float = Field(1.0, ge=0.0)
+    clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """The largest global norm of a gradient; longer ones are scaled down to it. 0 never clips."""
     trainable: Annotated[tuple[str, ...], AsTuple] = ()
     """Regular expressions; a parameter whose path one of them matches is trained, all others stay. [] trains all."""
@@ -98,9 +98,9 @@ class ScheduleSection(Section):
 
     kind: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
     """After the warm-up: cosine or linear fall to the end, wsd holds and falls in the last steps, constant holds."""
-    steps: int | None = Field(None, ge=1)
+    steps: Annotated[int | None, Field(ge=1)] = None
     """The schedule's length in optimizer steps, warm-up included; null is train.steps. The rate is 0 after it."""
-    warmup_fraction: float = Field(0.1, ge=0.0, le=1.0)
+    warmup_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """The share of the schedule's steps in which the rate rises from 0."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0), Unless("kind", "constant")] = 0.1
     """The rate at the end, as a share of the peak rate."""
