@@ -1,0 +1,272 @@
+"""Causal self-attention in tiles, written for XLA's CPU backend.
+
+The algorithm is FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a tile of logits lives only while it is
+used, the softmax runs online over key blocks, the forward pass keeps the output and the log-sum-exp of each row, and
+the backward pass recomputes the tiles. What makes it fast on a CPU is below that level:
+
+* Loops, not unrolled code: one `scan` over query blocks around one `while` over the key blocks that the causal rule,
+  the window and the segments leave. A tile stays in the cores' caches, and the compile time does not grow with T.
+* The G query heads of a kv head share one product of G * block rows.
+* XLA's fast matrix product contracts the left factor's minor axis. The backward pass therefore forms its tiles
+  transposed, [key, query], and accumulates the query gradient as [N, query]; then none of its five products needs
+  a transposed left factor, which runs at a quarter of the speed.
+* Masks compare arrays that are laid out along a tile's axes beforehand, so they fuse into the exponential; index
+  arithmetic inside that loop would stop the compiler from using vector instructions.
+
+Products run in float32 (float64 for float64 inputs) whatever the inputs' dtype.
+
+Axis letters beyond the usual ones: C blocks along time, R = G * block query rows of a tile, S = block keys of a tile.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# The logit of a hidden key. It is finite, so that a row without any visible key meets no inf - inf.
+_HIDDEN = -1e30
+
+# A tile of B * H * block * block numbers is fastest when it just fits the cores' second-level caches.
+_TILE_ELEMENTS = 2**20
+_MIN_BLOCK, _MAX_BLOCK = 64, 256
+
+
+class _Spec(NamedTuple):
+    """The static part of a call: `groups` is G, `count` the number of blocks along time."""
+
+    block: int
+    count: int
+    groups: int
+    scale: float
+    softcap: float | None
+
+
+class _Marks(NamedTuple):
+    """What decides which key a query sees, laid out along the rows (R) and columns (S) of a tile.
+
+    The ids are None when the batch has no segments, the window is None when there is none. A query of segment 0 (padding)
+    carries the id -1, which no key has.
+    """
+
+    query_offset_R: Array
+    key_offset_S: Array
+    query_id_CB1R: Array | None
+    key_id_CB1S: Array | None
+    window: Array | None
+    first_C: Array
+
+
+def blocked_attention(
+    q_BTHN: Float[Array, "B T H N"],
+    k_BSKN: Float[Array, "B T K N"],
+    v_BSKN: Float[Array, "B T K N"],
+    *,
+    segment_ids_BT: Int[Array, "B T"] | None,
+    window: int | Int[Array, ""] | None,
+    scale: float,
+    softcap: float | None,
+    block_size: int | None,
+) -> Float[Array, "B T H N"]:
+    """Causal self-attention with segments, a sliding window and a logit softcap, in memory linear in T.
+
+    Query i sees key j iff j <= i, both carry the same segment id, that id is not 0, and i - j < window. A row that sees
+    no key (padding) gives exactly 0 and takes and gives no gradient. Query head h reads kv head h // (H // K).
+
+    Args:
+      q_BTHN: Queries.
+      k_BSKN: Keys, on the queries' time axis.
+      v_BSKN: Values.
+      segment_ids_BT: Ids >= 0, with 0 for padding; None where every position belongs to one document.
+      window: Number of keys a query may look back on, itself included; None for all. It may be a traced scalar, so
+        that scanned layers can differ in it; blocks outside it are skipped either way.
+      scale: Factor of the logits, usually N ** -0.5.
+      softcap: If not None, logits become softcap * tanh(logits / softcap) before the mask (Gemma 2,
+        https://arxiv.org/abs/2408.00118, section 2).
+      block_size: Queries and keys a tile spans; None picks one from the shape.
+
+    Returns:
+      The attention output, in q's dtype. The softmax runs in float32 at least.
+
+    Raises:
+      ValueError: if H is not a multiple of K, or a static window or the block size is below 1.
+    """
+    B, T, H, _ = q_BTHN.shape
+    num_kv_heads = k_BSKN.shape[2]
+    if H % num_kv_heads:
+        raise ValueError(
+            f"blocked_attention: num_heads={H}, num_kv_heads={num_kv_heads}: each kv head serves the same number of "
+            "query heads; make num_heads a multiple of num_kv_heads"
+        )
+    for name, value in (("window", window), ("block_size", block_size)):
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"blocked_attention: {name}={value}: it counts positions; give at least 1, or None")
+    block = pick_block(B * H, T) if block_size is None else block_size
+    spec = _Spec(block, -(-T // block), H // num_kv_heads, scale, softcap)
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+    return _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window)
+
+
+def pick_block(num_rows: int, length: int) -> int:
+    """Returns the block length for `num_rows` = B * H attention matrices of `length` positions.
+
+    It is the power of two whose tile fills the caches, shortened so that the last block carries little padding.
+    """
+    block = _MAX_BLOCK
+    while block > _MIN_BLOCK and num_rows * block * block > _TILE_ELEMENTS:
+        block //= 2
+    count = -(-length // block)
+    return -(-length // (count * 16)) * 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
+    return _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window)[0]
+
+
+def _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
+    """Online softmax over key blocks; equations of FlashAttention-2, algorithm 1."""
+    marks = _marks(spec, q_BTHN.shape[:2], segment_ids_BT, window)
+    k_CBKSN, v_CBKSN = (_split(x, spec, groups=1) for x in (k_BSKN, v_BSKN))
+
+    def query_block(_, block):
+        i, q_BKRN = block
+
+        def key_block(j, carry):
+            top_BKR, total_BKR, out_BKRN = carry
+            logits_BKRS = _dot(q_BKRN, k_CBKSN[j], 3, 3)
+            logits_BKRS, _ = _cap(spec, logits_BKRS)
+            logits_BKRS = _hide(spec, marks, logits_BKRS, i, j, key_axis=-1)
+            # Until a row meets its first visible key its weights are exp(0); that key's exp(_HIDDEN - top) clears them.
+            new_top_BKR = jnp.maximum(top_BKR, logits_BKRS.max(-1))
+            shrink_BKR = jnp.exp(top_BKR - new_top_BKR)
+            weights_BKRS = jnp.exp(logits_BKRS - new_top_BKR[..., None])
+            total_BKR = total_BKR * shrink_BKR + weights_BKRS.sum(-1)
+            out_BKRN = out_BKRN * shrink_BKR[..., None] + _dot(weights_BKRS, v_CBKSN[j], 3, 2)
+            return new_top_BKR, total_BKR, out_BKRN
+
+        start = jnp.full_like(q_BKRN[..., 0], _HIDDEN), jnp.zeros_like(q_BKRN[..., 0]), jnp.zeros_like(q_BKRN)
+        top_BKR, total_BKR, out_BKRN = lax.fori_loop(marks.first_C[i], i + 1, key_block, start)
+        seen_BKR = top_BKR > _HIDDEN / 2
+        total_BKR = jnp.where(seen_BKR, total_BKR, 1)
+        lse_BKR = jnp.where(seen_BKR, top_BKR + jnp.log(total_BKR), 0)
+        return None, (jnp.where(seen_BKR[..., None], out_BKRN / total_BKR[..., None], 0), lse_BKR)
+
+    q_CBKRN = _split(q_BTHN * spec.scale, spec, groups=spec.groups)
+    _, (out_CBKRN, lse_CBKR) = lax.scan(query_block, None, (jnp.arange(spec.count), q_CBKRN))
+    out_BTHN = _join(out_CBKRN, spec, like=q_BTHN)
+    return out_BTHN, (q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window, out_BTHN, lse_CBKR)
+
+
+def _attend_backward(spec, residuals, d_out_BTHN):
+    """Gradients from recomputed tiles; FlashAttention-2, algorithm 2, with tiles transposed to [key, query]."""
+    q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window, out_BTHN, lse_CBKR = residuals
+    marks = _marks(spec, q_BTHN.shape[:2], segment_ids_BT, window)
+    k_CBKSN, v_CBKSN = (_split(x, spec, groups=1) for x in (k_BSKN, v_BSKN))
+    k_CBKNS = k_CBKSN.swapaxes(-1, -2)
+    q_CBKRN, d_out_CBKRN, out_CBKRN = (
+        _split(x, spec, groups=spec.groups) for x in (q_BTHN * spec.scale, d_out_BTHN, out_BTHN)
+    )
+    delta_CBKR = (d_out_CBKRN * out_CBKRN).sum(-1)
+
+    def query_block(carry, block):
+        i, q_BKRN, d_out_BKRN, lse_BKR, delta_BKR = block
+
+        def key_block(j, carry):
+            d_q_BKNR, d_k_CBKSN, d_v_CBKSN = carry
+            logits_BKSR = _dot(k_CBKSN[j], q_BKRN, 3, 3)
+            logits_BKSR, slope_BKSR = _cap(spec, logits_BKSR)
+            logits_BKSR = _hide(spec, marks, logits_BKSR, i, j, key_axis=-2)
+            weights_BKSR = jnp.exp(logits_BKSR - lse_BKR[..., None, :])
+            d_logits_BKSR = weights_BKSR * (_dot(v_CBKSN[j], d_out_BKRN, 3, 3) - delta_BKR[..., None, :]) * slope_BKSR
+            d_v_CBKSN = d_v_CBKSN.at[j].add(_dot(weights_BKSR, d_out_BKRN, 3, 2))
+            d_k_CBKSN = d_k_CBKSN.at[j].add(_dot(d_logits_BKSR, q_BKRN, 3, 2))
+            return d_q_BKNR + _dot(k_CBKNS[j], d_logits_BKSR, 3, 2), d_k_CBKSN, d_v_CBKSN
+
+        start = jnp.zeros_like(q_BKRN.swapaxes(-1, -2)), *carry
+        d_q_BKNR, *carry = lax.fori_loop(marks.first_C[i], i + 1, key_block, start)
+        return tuple(carry), d_q_BKNR
+
+    blocks = jnp.arange(spec.count), q_CBKRN, d_out_CBKRN, lse_CBKR, delta_CBKR
+    carry = jnp.zeros_like(k_CBKSN), jnp.zeros_like(v_CBKSN)
+    (d_k_CBKSN, d_v_CBKSN), d_q_CBKNR = lax.scan(query_block, carry, blocks)
+    d_q_BTHN = _join(d_q_CBKNR.swapaxes(-1, -2) * spec.scale, spec, like=q_BTHN)
+    return d_q_BTHN, _join(d_k_CBKSN, spec, like=k_BSKN), _join(d_v_CBKSN, spec, like=v_BSKN), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _dot(a, b, a_axis: int, b_axis: int):
+    """Matrix product over the named axes, batched over B and K."""
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0, 1), (0, 1))))
+
+
+def _split(x_BTHN, spec: _Spec, *, groups: int):
+    """[B, T, K * groups, N] -> [C, B, K, groups * block, N] in the working dtype, T padded to whole blocks."""
+    B, T, H, N = x_BTHN.shape
+    x_BTHN = x_BTHN.astype(jnp.promote_types(x_BTHN.dtype, jnp.float32))
+    x_BTHN = jnp.pad(x_BTHN, ((0, 0), (0, spec.count * spec.block - T), (0, 0), (0, 0)))
+    x = x_BTHN.reshape(B, spec.count, spec.block, H // groups, groups, N).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(spec.count, B, H // groups, groups * spec.block, N)
+
+
+def _join(x_CBKRN, spec: _Spec, *, like):
+    """The inverse of `_split`, in the shape and dtype of `like`."""
+    C, B, K, R, N = x_CBKRN.shape
+    x = x_CBKRN.reshape(C, B, K, R // spec.block, spec.block, N).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, C * spec.block, -1, N)[:, : like.shape[1]].astype(like.dtype)
+
+
+def _cap(spec: _Spec, logits):
+    """Returns the soft-capped logits and their derivative by the raw ones: 1 - tanh ** 2."""
+    if spec.softcap is None:
+        return logits, 1
+    bend = jnp.tanh(logits / spec.softcap)
+    return spec.softcap * bend, 1 - bend * bend
+
+
+def _hide(spec: _Spec, marks: _Marks, logits, i, j, *, key_axis: int):
+    """Sets the logits of the keys in block j that the queries in block i must not see to `_HIDDEN`.
+
+    `key_axis` is -1 for tiles [B, K, R, S] and -2 for tiles [B, K, S, R].
+    """
+    query_axis = -3 - key_axis
+    queries, keys = (functools.partial(jnp.expand_dims, axis=axis) for axis in (key_axis, query_axis))
+    distance = queries(marks.query_offset_R + (i - j) * spec.block) - keys(marks.key_offset_S)
+    visible = distance >= 0
+    if marks.window is not None:
+        visible &= distance < marks.window
+    if marks.query_id_CB1R is not None:
+        visible &= queries(marks.query_id_CB1R[i]) == keys(marks.key_id_CB1S[j])
+    return jnp.where(visible, logits, _HIDDEN)
+
+
+def _marks(spec: _Spec, shape: tuple[int, int], segment_ids_BT, window) -> _Marks:
+    """Lays positions and segment ids out along tiles, and finds the first key block each query block needs."""
+    B, T = shape
+    offset = jnp.arange(spec.block, dtype=jnp.int32)
+    block = jnp.arange(spec.count, dtype=jnp.int32)
+    first_C = jnp.zeros_like(block)
+    if window is not None:
+        first_C = jnp.maximum(first_C, (block * spec.block - window + 1) // spec.block)
+    query_id = key_id = None
+    if segment_ids_BT is not None:
+        ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, spec.count * spec.block - T)))
+        ids_CBS = ids_BT.reshape(B, spec.count, spec.block).swapaxes(0, 1)
+        first_C = jnp.maximum(first_C, _first_block_of_segments(ids_CBS))
+        key_id = ids_CBS[:, :, None]
+        query_id = jnp.tile(jnp.where(key_id == 0, -1, key_id), spec.groups)
+    return _Marks(jnp.tile(offset, spec.groups), offset, query_id, key_id, window, first_C)
+
+
+def _first_block_of_segments(ids_CBS: Int[Array, "C B S"]) -> Int[Array, " C"]:
+    """The first key block whose range of ids meets that of query block i in some row; i + 1 if i is all padding."""
+    highest_CB = ids_CBS.max(-1)
+    lowest_CB = jnp.where(ids_CBS == 0, jnp.iinfo(ids_CBS.dtype).max, ids_CBS).min(-1)
+    block = jnp.arange(ids_CBS.shape[0], dtype=jnp.int32)
+    meets = (highest_CB[:, None] >= lowest_CB[None]) & (highest_CB[None] >= lowest_CB[:, None])
+    meets &= (block[None] <= block[:, None])[..., None]
+    return jnp.where(meets.any(-1), block[None], block[:, None] + 1).min(-1)
