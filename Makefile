@@ -43,7 +43,7 @@ soak: setup  ## The long campaigns.
 check: setup  ## Format, lint, types and architecture; changes nothing.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy $(PACKAGES) .ci/*.py
+	@$(BIN)/mypy $(PACKAGES) $(wildcard bench/*.py) .ci/*.py
 	@$(PYTEST) -q tests/architecture
 
 format: setup  ## Formats, and mends what the linter can mend.

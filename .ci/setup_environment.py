@@ -83,7 +83,7 @@ def uv_environment() -> dict[str, str]:
 def fingerprint(environment: dict[str, str]) -> str:
     """A digest of all that decides what set-up installs."""
     digest = hashlib.sha256()
-    for name in (*REQUIRED_LAYERS, *OPTIONAL_LAYERS, OVERRIDES, "pyproject.toml", Path(__file__).relative_to(ROOT)):
+    for name in (*REQUIRED_LAYERS, *OPTIONAL_LAYERS, OVERRIDES, "pyproject.toml", ".ci/setup_environment.py"):
         digest.update((ROOT / name).read_bytes())
     for part in (python_version(), str(ROOT), *(environment.get(name, "") for name in SOURCE_VARIABLES)):
         digest.update(b"\0" + part.encode())
@@ -99,7 +99,7 @@ def is_set_up(venv: Path, wanted: str) -> bool:
 def install(venv: Path, environment: dict[str, str]) -> None:
     """Makes the environment where it is missing, and installs uv, the layers that can be had, and this project."""
     python = make_environment(venv)
-    uv = [venv / "bin" / "uv", "pip", "install", "--python", python]
+    uv = [str(venv / "bin" / "uv"), "pip", "install", "--python", str(python)]
     layers = [*REQUIRED_LAYERS]
     for layer, package in OPTIONAL_LAYERS.items():
         if has_package(uv, layer, package, venv, environment):
@@ -120,21 +120,23 @@ def make_environment(venv: Path) -> Path:
     python = venv / "bin" / "python"
     if not python.exists():
         print(f"setup: making {venv.name} with Python {python_version()}", flush=True)
-        with_pip = subprocess.run([sys.executable, "-m", "venv", venv], capture_output=True, text=True, check=False)
+        with_pip = subprocess.run(
+            [sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, check=False
+        )
         if with_pip.returncode != 0:
             # Debian's Python has pip, and not the wheel from which `venv` would install it.
-            subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", venv], check=True)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)], check=True)
     show = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
     found = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
     if found != python_version().rpartition(".")[0]:
         sys.exit(f"setup: {venv}: Python {found}: PYTHON is {python_version()}; remove the folder, or give VENV=FOLDER")
     has_pip = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
-    pip = [python, "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", python]
+    pip = [str(python), "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", str(python)]
     subprocess.run([*pip, "install", "--quiet", "--disable-pip-version-check", UV], check=True)
     return python
 
 
-def has_package(uv: list[str | Path], layer: str, package: str, venv: Path, environment: dict[str, str]) -> bool:
+def has_package(uv: list[str], layer: str, package: str, venv: Path, environment: dict[str, str]) -> bool:
     """Whether uv can get the pin of `package` in `layer`; where it cannot, says so and how to add it."""
     pin = next(line for line in (ROOT / layer).read_text().splitlines() if line.startswith(f"{package}=="))
     probe = subprocess.run(
