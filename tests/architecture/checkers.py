@@ -201,7 +201,7 @@ def _functions(parent: ast.AST, outer: tuple[str, ...]) -> Iterator[tuple[str, a
 
 
 # Folders that exist on somebody's machine only. The lookbehind leaves web addresses and relative paths alone.
-MACHINE_PATH = re.compile(r"(?<![\w.\-])/(?:root|home|Users|work|mnt|opt)/[\w.\-]+|file:///")
+MACHINE_PATH = re.compile(r"(?<![\w.\-])/(?:root|home|Users|work|mnt|opt)/[\w.\-]+|file:/{3}")
 REGISTRY_ADDRESS = re.compile(r"https?://[^\s\"'<>]*/simple\b|files\.pythonhosted\.org")
 ADDRESS_IN_PINS = re.compile(
     r"^\s*(?:-i\b|-f\b|--(?:extra-)?index-url|--index\b|--find-links|--trusted-host)|://|--hash"

