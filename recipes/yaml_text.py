@@ -98,7 +98,11 @@ def dump(values: Any) -> str:
 
 def dump_inline(value: Any) -> str:
     """Writes a value as YAML on one line."""
-    text = yaml.dump(plain(value), Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=10**9)
+    multiline = isinstance(value, str) and "\n" in value
+    style = '"' if multiline else None
+    text = yaml.dump(
+        plain(value), Dumper=_Dumper, sort_keys=False, default_flow_style=True, default_style=style, width=10**9
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -1,0 +1,206 @@
+"""The command line: one verb for each kind of recipe, and verbs that look at recipes.
+
+A verb that runs a recipe is a function of one LoadedRecipe, registered with `recipe_verb`; it imports what it needs
+inside its body, so that help and mistakes answer before JAX is imported. Errors for users are ValueErrors in the house
+form, printed without a traceback by `main`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
+
+USER_ERROR = 2
+INTERRUPTED = 130
+PACKAGES = ("models", "posttrain", "pretrain", "recipes", "rewards")
+# The class of all mistakes on a command line; typer names it only as an ancestor of its own errors.
+UsageMistake: Any = typer.BadParameter.__mro__[2]
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the bare name of a shipped one.", show_default=False)
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that win, such as train.steps=20.", show_default=False),
+]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Pretrain, align, evaluate and export language models in JAX.",
+    epilog="Add --traceback to any command to see where an error came from.",
+)
+
+
+def recipe_verb(kind: str) -> Callable[[Callable[[LoadedRecipe], None]], Callable[[LoadedRecipe], None]]:
+    """Registers a function as the verb that runs recipes of a kind; its docstring is the verb's help.
+
+    The function gets a recipe of that kind, valid and with its model's names checked.
+    """
+
+    def register(run: Callable[[LoadedRecipe], None]) -> Callable[[LoadedRecipe], None]:
+        @app.command(name=kind, help=run.__doc__)
+        def verb(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+            loaded = open_recipe(recipe, overrides)
+            if loaded.recipe.kind != kind:
+                raise ValueError(
+                    f"{loaded.source}: kind={loaded.recipe.kind}: `posttrain {kind}` runs recipes of kind {kind}; "
+                    f"use `posttrain {loaded.recipe.kind}`, or name another recipe"
+                )
+            run(loaded)
+
+        return run
+
+    return register
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with this installation."""
+    from recipes.present import description
+
+    rows = [(name, load_recipe(name, []).recipe.kind, description(path)) for name, path in shipped_recipes().items()]
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("recipe", "kind", "what it does", box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table, highlight=False, markup=False)
+        return
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, kind, text in rows:
+        print(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {text}")
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    plain: Annotated[bool, typer.Option("--plain", help="No colours, as when the output is not a terminal.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say above each key what it means.")] = False,
+) -> None:
+    """Print a recipe with all its values and their origins.
+
+    The output is YAML, and itself a recipe.
+    """
+    from recipes.present import shown_lines
+
+    lines = list(shown_lines(open_recipe(recipe, overrides), explain))
+    if plain or not sys.stdout.isatty():
+        print("\n".join(map(str, lines)))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    for line in lines:
+        is_comment = line.text.lstrip().startswith("#")
+        style = {DEFAULT: "dim", OVERRIDE: "bold yellow", "": "dim italic" if is_comment else "cyan"}.get(line.origin)
+        text, origin = line.text, str(line).removeprefix(line.text)
+        console.print(Text.assemble((text, style or "bold"), (origin, "dim")))
+
+
+def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
+    """Loads a recipe, checks the names in its model section, and prints the loader's notes to stderr.
+
+    Raises:
+        ValueError: one house-form line for each problem.
+    """
+    loaded = load_recipe(recipe, overrides or [])
+    check_model(loaded)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
+
+
+def check_model(loaded: LoadedRecipe) -> None:
+    """Checks the preset's name and the overridden fields of a recipe that has a model section.
+
+    Raises:
+        ValueError: there is no such preset or field, or the architecture does not fit together.
+    """
+    model = getattr(loaded.recipe, "model", None)
+    if model is None or model.preset is None:
+        return
+    from models.config import load_preset
+    from recipes.schema import plain
+
+    origin = loaded.origins["model.preset"]
+    try:
+        config = load_preset(model.preset)
+        if model.overrides:
+            origin = next(place for key, place in loaded.origins.items() if key.startswith("model.overrides."))
+            config.replace(**plain(model.overrides))
+    except ValueError as error:
+        where = "command line" if origin == OVERRIDE else origin.rpartition(":")[0]
+        raise ValueError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and gives its exit code: 0, 2 for a user's mistake, 130 when interrupted.
+
+    Args:
+        argv: the arguments after the program's name; None takes this process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"] or ["--help"]
+    try:
+        code = app(args=arguments, prog_name="posttrain", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UsageMistake as mistake:
+        print(_spell_mistake(mistake, arguments), file=sys.stderr)
+        return USER_ERROR
+    except ValueError as error:
+        if with_traceback:
+            traceback.print_exc()
+        else:
+            print(error, file=sys.stderr)
+            if not _is_ours(error):
+                print("posttrain: the error came from a library; --traceback shows where", file=sys.stderr)
+        return USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        print("posttrain: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left; Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _spell_mistake(mistake: Any, arguments: Sequence[str]) -> str:
+    """A usage mistake in the house form."""
+    from recipes.complaints import nearest
+
+    verbs = sorted(command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands)
+    context = getattr(mistake, "ctx", None)
+    place = context.command_path if context is not None else "posttrain"
+    message = mistake.format_message().rstrip(".")
+    given = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if given is not None and place == "posttrain" and given not in verbs:
+        guess = nearest(given, verbs)
+        return f"posttrain {given}: no such verb; " + (
+            f"did you mean {guess}?" if guess else f"verbs: {', '.join(verbs)}"
+        )
+    return f"{place}: {message[0].lower()}{message[1:]}; see {place} --help"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this project's own code."""
+    root = Path(__file__).resolve().parent.parent
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return raised_in.is_relative_to(root) and raised_in.relative_to(root).parts[0] in PACKAGES
