@@ -17,24 +17,10 @@ from models.inference.cache import KVCache
 from models.linen.transformer import Transformer as LinenTransformer
 from models.nnx.transformer import Transformer as NNXTransformer
 from models.ops.head import HeadParams, head_params
-from models.parameters import flatten, init_params, unflatten
+from models.parameters import flatten, init_params, linen_path, nnx_path, unflatten
 from recipes.schema import ModelSection
 
 Params = dict[str, Any]
-
-
-def nnx_path(path: tuple[str, ...]) -> tuple[str | int, ...]:
-    """The NNX path of a parameter: decoder/layers_3/... becomes decoder/layers/3/..."""
-    if len(path) > 1 and path[1].startswith("layers_"):
-        return (path[0], "layers", int(path[1].removeprefix("layers_")), *path[2:])
-    return path
-
-
-def linen_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
-    """The inverse of `nnx_path`."""
-    if len(path) > 2 and path[1] == "layers" and isinstance(path[2], int):
-        return (str(path[0]), f"layers_{path[2]}", *map(str, path[3:]))
-    return tuple(map(str, path))
 
 
 def abstract_nnx(config: TransformerConfig, options: ModelSection) -> NNXTransformer:

@@ -249,3 +249,17 @@ def unstack_layers(params: dict[str, Any], num_layers: int, axis: int) -> dict[s
             lambda leaf, i=i: jax.lax.index_in_dim(leaf, i, axis=min(axis, leaf.ndim - 1), keepdims=False), stacked
         )
     return {**params, "decoder": decoder}
+
+
+def nnx_path(path: tuple[str, ...]) -> tuple[str | int, ...]:
+    """The NNX path of a parameter: decoder/layers_3/... becomes decoder/layers/3/..."""
+    if len(path) > 1 and path[1].startswith("layers_"):
+        return (path[0], "layers", int(path[1].removeprefix("layers_")), *path[2:])
+    return path
+
+
+def linen_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
+    """The inverse of `nnx_path`."""
+    if len(path) > 2 and path[1] == "layers" and isinstance(path[2], int):
+        return (str(path[0]), f"layers_{path[2]}", *map(str, path[3:]))
+    return tuple(map(str, path))

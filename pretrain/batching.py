@@ -1,0 +1,98 @@
+"""How many rows a step loads and trains on, and how a host's rows become one global array."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from models.sharding import Rules
+from pretrain.data.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The rows of one step over all hosts."""
+
+    microbatches: int
+    """Micro-batches whose gradients are summed."""
+    rows_loaded: int
+    """Rows read a step: at least one a device and micro-batch, so that they can be sharded."""
+    rows_trained: int
+    """Rows the loss counts a micro-batch; the rest of what was loaded is cut off."""
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        """Rows loaded for one micro-batch."""
+        return self.rows_loaded // self.microbatches
+
+
+def plan_batch(*, num_devices: int, per_device: float, microbatches: int, where: str) -> BatchPlan:
+    """Rows for `per_device` rows a device, which may be a fraction.
+
+    Args:
+        num_devices: devices of the mesh.
+        per_device: rows a device and micro-batch.
+        microbatches: micro-batches a step.
+        where: the recipe's key of `per_device`, for errors.
+
+    Raises:
+        ValueError: if no row is left, or a fraction above one doesn't fill the devices evenly.
+    """
+    trained = int(num_devices * per_device)
+    if trained < 1:
+        raise ValueError(
+            f"{where}={per_device}: {num_devices} devices x {per_device} rows leaves 0 rows a step; use at least "
+            f"{1 / num_devices:g}"
+        )
+    if per_device > 1 and trained % num_devices:
+        raise ValueError(
+            f"{where}={per_device}: {trained} rows don't split over {num_devices} devices; use a whole number, or a "
+            "fraction below 1"
+        )
+    loaded = num_devices * max(1, int(per_device))
+    return BatchPlan(microbatches, loaded * microbatches, trained)
+
+
+def check_divisible(plan: BatchPlan, mesh: Mesh, rules: Rules, *, sequence_length: int, num_hosts: int) -> None:
+    """Refuses a batch that the mesh can't split.
+
+    Raises:
+        ValueError: naming the key to change.
+    """
+    axes = {name: rules.get(name, ()) for name in ("batch", "time")}
+    ways = {name: math.prod(mesh.shape.get(axis, 1) for axis in axes[name]) for name in axes}
+    if plan.rows_per_microbatch % ways["batch"]:
+        raise ValueError(
+            f"train.per_device_batch_size: {plan.rows_per_microbatch} rows a micro-batch don't split over the mesh's "
+            f"{ways['batch']} batch shards; change train.per_device_batch_size or the mesh"
+        )
+    if sequence_length % ways["time"]:
+        raise ValueError(
+            f"data.sequence_length={sequence_length}: not divisible by mesh.context={ways['time']}; change one of them"
+        )
+    if plan.rows_loaded % num_hosts:
+        raise ValueError(
+            f"train.per_device_batch_size: {plan.rows_loaded} rows a step don't split over {num_hosts} hosts; change it"
+        )
+
+
+def place(batch: TokenBatch, sharding: NamedSharding) -> TokenBatch:
+    """Makes global arrays of a host's rows (numpy, [rows / hosts, T] each)."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+
+def split_microbatches(batch: TokenBatch, plan: BatchPlan) -> TokenBatch:
+    """[B, T] fields to [G, rows trained, T]: micro-batch i holds rows i, i + G, ..., so each device keeps its own.
+
+    Rows beyond `plan.rows_trained` of each micro-batch are cut off.
+    """
+
+    def split(rows: jax.Array) -> jax.Array:
+        grouped = rows.reshape(plan.rows_per_microbatch, plan.microbatches, *rows.shape[1:])
+        return grouped.swapaxes(0, 1)[:, : plan.rows_trained]
+
+    return jax.tree.map(split, batch)

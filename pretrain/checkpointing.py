@@ -1,0 +1,134 @@
+"""A training state to and from a run's checkpoint folder."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from models.checkpoints import manager as checkpoint_manager
+from models.checkpoints import store
+from models.checkpoints.layouts import from_disk, optimizer_from_dict, to_disk
+from models.checkpoints.manager import CheckpointManager
+from models.checkpoints.run_info import FORMAT, RunInfo
+from models.config import TransformerConfig
+from pretrain.state import TrainState
+from recipes.schema import CheckpointSection, ModelSection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint says of the run that wrote it."""
+
+    config: TransformerConfig
+    options: ModelSection
+    recipe_hash: str
+    seed: int
+
+    def run_info(self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None) -> dict[str, Any]:
+        """The fields of `run.json`."""
+        return {
+            "format": FORMAT,
+            "step": step,
+            "model": self.config.model_dump(mode="json"),
+            "framework": self.options.framework,
+            "scan_layers": self.options.scan_layers,
+            "param_scan_axis": self.options.param_scan_axis,
+            "recipe_hash": self.recipe_hash,
+            "wandb_run_id": wandb_run_id,
+            "data_state": data_state,
+            "rng": {"seed": self.seed, "step": step},
+            "extra": {},
+        }
+
+
+def open_manager(folder: Path, section: CheckpointSection) -> CheckpointManager:
+    """The manager of a run's checkpoint folder."""
+    options = store.StoreOptions(ocdbt=section.ocdbt, zarr3=section.zarr3, target_file_bytes=section.target_file_bytes)
+    return CheckpointManager(folder, options=options, keep=section.keep)
+
+
+def state_items(state: TrainState, framework: Literal["linen", "nnx"]) -> dict[str, Any]:
+    """The state in the framework's layout on disk."""
+    return to_disk(state.params, state.opt_state, state.step, framework=framework)
+
+
+def abstract_items(abstract: TrainState, shardings: TrainState, framework: Literal["linen", "nnx"]) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a stored state, as a restore wants them."""
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    return state_items(placed, framework)
+
+
+def state_from_items(items: dict[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `state_items`; `like` gives the optimizer state's structure."""
+    params, moments, step = from_disk(items)
+    return TrainState(step, params, optimizer_from_dict(like.opt_state, moments))
+
+
+def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The data positions of all hosts, on every host."""
+    return {"hosts": [json.loads(text) for text in store.gather_text(json.dumps(state))]}
+
+
+def own_data_state(stored: dict[str, Any], path: Path) -> dict[str, Any]:
+    """This host's data position.
+
+    Raises:
+        ValueError: if the checkpoint was written by another number of hosts.
+    """
+    hosts = stored["hosts"]
+    if len(hosts) != jax.process_count():
+        raise ValueError(
+            f"{path}: written by {len(hosts)} hosts, resumed by {jax.process_count()}: each host reads its own share of the "
+            "documents, so the order would change; resume with the same number of hosts"
+        )
+    return hosts[jax.process_index()]
+
+
+def find_resume_step(folder: Path, section: CheckpointSection) -> int | None:
+    """The newest verified step of a run, or None; says which steps it passed over and why."""
+    step, skipped = checkpoint_manager.latest_verified(folder, section.verify)
+    for number, problems in skipped:
+        logger.warning("%s: passed over: %s", folder / str(number), "; ".join(problems))
+    return step
+
+
+def restore_state(
+    step_dir: Path, abstract: TrainState, shardings: TrainState, identity: Identity
+) -> tuple[TrainState, RunInfo]:
+    """Restores a state that `find_resume_step` verified, straight into its shardings.
+
+    Raises:
+        ValueError: if the checkpoint holds another model; the differing keys are named.
+    """
+    info = checkpoint_manager.read_run_info(step_dir)
+    require_same_model(info, identity, step_dir)
+    target = abstract_items(abstract, shardings, identity.options.framework)
+    items, info = checkpoint_manager.load_step(step_dir, target, only=None, cast=False, mode="quick")
+    return state_from_items(items, abstract), info
+
+
+def require_same_model(info: RunInfo, identity: Identity, step_dir: Path) -> None:
+    """Raises ValueError naming the keys in which a checkpoint's model and layout differ from the recipe's."""
+    wanted = identity.run_info(info.step, None, None)
+    differing = [
+        f"{key}: checkpoint {info.model.get(key)!r}, recipe {value!r}"
+        for key, value in wanted["model"].items()
+        if info.model.get(key) != value
+    ]
+    differing += [
+        f"model.{key}: checkpoint {getattr(info, key)!r}, recipe {wanted[key]!r}"
+        for key in ("framework", "scan_layers", "param_scan_axis")
+        if getattr(info, key) != wanted[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"{step_dir}: holds another model than the recipe; resume with the run's own recipe, or start a new run from "
+            "these weights with model.load_parameters_path:\n  " + "\n  ".join(differing)
+        )

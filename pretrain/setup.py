@@ -1,0 +1,142 @@
+"""Everything a pretraining run needs before its first step, checked before anything compiles."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from models.checkpoints.hf_config import resolve_config
+from models.config import TransformerConfig
+from models.functional import FunctionalModel
+from models.mesh import make_mesh
+from models.ops.vocab import default_chunk_size
+from models.parameters import flatten, param_specs
+from models.sharding import DEFAULT_RULES, Rules, batch_sharding
+from models.tokenizer import load_tokenizer
+from pretrain.batching import BatchPlan, check_divisible, plan_batch
+from pretrain.data.build import make_eval_iterator, make_train_iterator
+from pretrain.data.iterators import BatchIterator, EvalIterator
+from pretrain.losses import LossFn, make_loss_fn
+from pretrain.optimizers import make_optimizer
+from pretrain.schedules import make_schedule
+from pretrain.state import StateShardings, TrainState, abstract_state, state_shardings
+from recipes.schema import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run that its recipe decides."""
+
+    config: TransformerConfig
+    model: FunctionalModel
+    mesh: Mesh
+    rules: Rules
+    plan: BatchPlan
+    eval_plan: BatchPlan
+    batch_sharding: NamedSharding
+    train_iterator: BatchIterator
+    eval_iterator: EvalIterator | None
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+    abstract: TrainState
+    shardings: StateShardings
+    loss_fn: LossFn
+
+
+def mesh_rules(overrides: dict[str, list[str]]) -> Rules:
+    """The default rules with the recipe's in place of theirs.
+
+    Raises:
+        ValueError: for a logical axis that no parameter or activation has.
+    """
+    for name in overrides:
+        if name not in DEFAULT_RULES:
+            raise ValueError(
+                f"mesh.rules.{name}: no parameter or activation has this axis; the axes are {', '.join(DEFAULT_RULES)}"
+            )
+    return {**DEFAULT_RULES, **{name: tuple(axes) for name, axes in overrides.items()}}
+
+
+def check_lengths(recipe: PretrainRecipe, config: TransformerConfig) -> None:
+    """Raises ValueError where rows are longer than the model's positions."""
+    if recipe.data.sequence_length > config.max_position:
+        raise ValueError(
+            f"data.sequence_length={recipe.data.sequence_length}: the model has positions for {config.max_position} tokens; "
+            "shorten the rows or raise model.overrides.max_position"
+        )
+
+
+def prepare(recipe: PretrainRecipe) -> Setup:
+    """Builds and checks the parts of a run.
+
+    Raises:
+        ValueError: in the house form, for whatever in the recipe doesn't fit the model, the data or the devices.
+    """
+    config = resolve_config(recipe.model)
+    check_lengths(recipe, config)
+    mesh = make_mesh(recipe.mesh)
+    rules = mesh_rules(dict(recipe.mesh.rules))
+    train, hosts = recipe.train, jax.process_count()
+    plan = plan_batch(
+        num_devices=mesh.size,
+        per_device=train.per_device_batch_size,
+        microbatches=train.gradient_accumulation_steps,
+        where="train.per_device_batch_size",
+    )
+    eval_rows = recipe.eval.per_device_batch_size
+    eval_plan = plan_batch(
+        num_devices=mesh.size,
+        per_device=train.per_device_batch_size if eval_rows is None else eval_rows,
+        microbatches=1,
+        where="train.per_device_batch_size" if eval_rows is None else "eval.per_device_batch_size",
+    )
+    for each in (plan, eval_plan):
+        check_divisible(each, mesh, rules, sequence_length=recipe.data.sequence_length, num_hosts=hosts)
+    train_iterator, eval_iterator = _iterators(recipe, config, plan, eval_plan)
+    model = FunctionalModel(config, recipe.model)
+    schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=train.steps)
+    paths = param_specs(config, scan_layers=recipe.model.scan_layers, param_scan_axis=recipe.model.param_scan_axis)
+    tx = make_optimizer(recipe.optimizer, schedule, ["/".join(path) for path, _ in flatten(paths)])
+    abstract = abstract_state(model, tx)
+    shardings = state_shardings(model, tx, abstract, mesh, rules, recipe.optimizer)
+    chunk = train.loss_chunk_size
+    if chunk is None:
+        tokens = plan.rows_per_microbatch * recipe.data.sequence_length
+        chunk = default_chunk_size(max(1, tokens // mesh.size), config.vocab_size) * mesh.size
+    return Setup(
+        config=config,
+        model=model,
+        mesh=mesh,
+        rules=rules,
+        plan=plan,
+        eval_plan=eval_plan,
+        batch_sharding=batch_sharding(mesh, rules),
+        train_iterator=train_iterator,
+        eval_iterator=eval_iterator,
+        schedule=schedule,
+        tx=tx,
+        abstract=abstract,
+        shardings=shardings,
+        loss_fn=make_loss_fn(model, z_loss=train.z_loss, chunk_size=chunk),
+    )
+
+
+def _iterators(
+    recipe: PretrainRecipe, config: TransformerConfig, plan: BatchPlan, eval_plan: BatchPlan
+) -> tuple[BatchIterator, EvalIterator | None]:
+    section, hosts = recipe.tokenizer, jax.process_count()
+    real = recipe.data.kind != "synthetic"
+    tokenizer = load_tokenizer(section) if real else None
+    shared = {
+        "vocab_size": config.vocab_size,
+        "add_bos": section.add_bos,
+        "add_eos": section.add_eos,
+        "host_index": jax.process_index(),
+        "host_count": hosts,
+    }
+    training = make_train_iterator(recipe.data, tokenizer, rows_per_batch=plan.rows_loaded // hosts, **shared)
+    if recipe.eval.interval == 0:
+        return training, None
+    # A fractional batch trains on fewer rows than it loads; evaluation reads every row, so it loads what it counts.
+    return training, make_eval_iterator(recipe.data, tokenizer, rows_per_batch=eval_plan.rows_loaded // hosts, **shared)

@@ -1,0 +1,161 @@
+"""The training step and the evaluation step, as pure functions of state and batch.
+
+    sums, gradients = sum over micro-batches of d(sum of token losses)
+    loss            = sums / number of tokens        (divided once, over all micro-batches and devices)
+    parameters      = optimizer(clip(gradients / number of tokens)), unless loss or gradients are not finite
+
+Because sums are divided once, micro-batches, packing and data parallelism give the gradients of one big batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.functional import Params
+from models.ops.vocab import LossSum
+from pretrain.batching import BatchPlan, split_microbatches
+from pretrain.data.batch import TokenBatch
+from pretrain.losses import LossFn
+from pretrain.optimizers import clip_by_global_norm
+from pretrain.state import StateShardings, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a training step does beside the loss."""
+
+    plan: BatchPlan
+    clip_norm: float
+    """Bound on the gradients' global norm; 0 for none."""
+    skip_nonfinite: bool
+    """Count a non-finite step as completed without an update; else the step is not completed and training stops."""
+    dropout: bool
+    report_norms: bool
+    """Norm metrics; off where the optimizer rests on the host, so as not to move it twice."""
+
+
+def accumulate(
+    loss_fn: LossFn, params: Params, batch: TokenBatch, key: jax.Array | None, plan: BatchPlan
+) -> tuple[LossSum, Params]:
+    """Sums losses and their gradients over the micro-batches of a batch.
+
+    Args:
+        loss_fn: gives un-normalised sums.
+        params: parameters.
+        batch: [rows loaded, T] fields.
+        key: for dropout; each micro-batch folds its index in. None switches dropout off.
+        plan: how the rows split.
+
+    Returns:
+        The sums and the gradient of the summed loss, in the parameters' dtype.
+    """
+
+    def grads_of(micro: TokenBatch, index: jax.Array | int) -> tuple[LossSum, Params]:
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+
+        def total(params: Params) -> tuple[jax.Array, LossSum]:
+            sums = loss_fn(params, micro, micro_key)
+            return sums.loss_sum, sums
+
+        (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return sums, grads
+
+    micros = split_microbatches(batch, plan)
+    if plan.microbatches == 1:
+        return grads_of(jax.tree.map(lambda rows: rows[0], micros), 0)
+
+    def body(
+        carry: tuple[LossSum, Params], scanned: tuple[TokenBatch, jax.Array]
+    ) -> tuple[tuple[LossSum, Params], None]:
+        sums, grads = grads_of(*scanned)
+        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+    shapes = jax.eval_shape(grads_of, jax.tree.map(lambda rows: rows[0], micros), 0)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    totals, _ = jax.lax.scan(body, zeros, (micros, jnp.arange(plan.microbatches)))
+    return totals
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shardings: StateShardings,
+    options: StepOptions,
+) -> Callable[[TrainState, TokenBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """The training step, not yet jitted.
+
+    Returns:
+        A function of (state, batch, seed key, proceed) to (new state, metrics). `proceed` is False once an earlier step
+        was not finite and the recipe says stop: the state then passes through unchanged, so that the host may look at
+        metrics a step late without a wrong update in between.
+    """
+
+    def step(
+        state: TrainState, batch: TokenBatch, seed_key: jax.Array, proceed: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(seed_key, state.step) if options.dropout else None
+        sums, grads = accumulate(loss_fn, state.params, batch, key, options.plan)
+        tokens = jnp.maximum(sums.weight_sum, 1.0)
+        loss = sums.loss_sum / tokens
+        grads = jax.tree.map(lambda grad: grad / tokens.astype(grad.dtype), grads)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.update)
+        grads, raw_norm = clip_by_global_norm(grads, options.clip_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(raw_norm)
+        apply = finite & proceed
+
+        opt_state = jax.device_put(state.opt_state, shardings.opt_state_in_step)
+        updates, new_opt_state = tx.update(grads, opt_state, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        params = _select(apply, new_params, state.params)
+        opt_state = _select(apply, new_opt_state, opt_state)
+        completed = (apply | proceed) if options.skip_nonfinite else apply
+
+        metrics: Metrics = {
+            "learning/loss": loss,
+            "learning/z_loss": sums.z_sum / tokens,
+            "learning/total_weights": sums.weight_sum,
+            "learning/lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "finite": finite,
+        }
+        if options.report_norms:
+            clipped = raw_norm if options.clip_norm == 0 else jnp.minimum(raw_norm, options.clip_norm)
+            metrics |= {
+                "learning/raw_grad_norm": raw_norm,
+                "learning/grad_norm": clipped,
+                "learning/param_norm": optax.tree.norm(params),
+            }
+        return TrainState(state.step + completed.astype(state.step.dtype), params, opt_state), metrics
+
+    return step
+
+
+def jit_train_step(
+    step: Callable[..., tuple[TrainState, Metrics]], shardings: StateShardings, batch_sharding: Any
+) -> Callable[[TrainState, TokenBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """Compiles the step with the state donated: its memory is reused for the new state."""
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings.state, batch_sharding, None, None),
+        out_shardings=(shardings.state, None),
+    )
+
+
+def make_eval_step(loss_fn: LossFn, rows: int) -> Callable[[Params, TokenBatch], LossSum]:
+    """The sums of a batch's first `rows` rows without dropout or gradients, not yet jitted."""
+
+    def step(params: Params, batch: TokenBatch) -> LossSum:
+        return loss_fn(params, jax.tree.map(lambda field: field[:rows], batch), None)
+
+    return step
+
+
+def _select(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
