@@ -177,9 +177,9 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes a tokenizer, with its chat template, as a folder that `load_tokenizer` and transformers open.
 
-    Bytes become a fast tokenizer with the same ids. Sentencepiece keeps its model file, and gets a fast tokenizer beside
-    it if that one gives the same ids (a warning is logged otherwise). `stop_ids` past `eos_id` belong in the model's
-    generation_config.json, which is the checkpoint's to write.
+    Bytes become a fast tokenizer with the same ids. Sentencepiece keeps its model file, and gets a fast tokenizer
+    beside it if that one gives the same ids (a warning is logged otherwise). `stop_ids` past `eos_id` belong in the
+    model's generation_config.json, which is the checkpoint's to write.
 
     Args:
         tokenizer: the tokenizer.
@@ -256,15 +256,16 @@ def _turn_end_ids(backend: Backend, template: ChatTemplate | None) -> set[int]:
     """The control token with which a template ends an assistant's turn, found by rendering one."""
     if template is None:
         return set()
-    answer = "yes"
-    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
+    answer = "zebra"
+    chat = [{"role": "user", "content": "Which animal?"}, {"role": "assistant", "content": answer}]
     try:
         text = template.render(chat, tools=None, add_generation_prompt=False)
     except ValueError:
         # A template may refuse so plain a chat (it may want a system message). Its turns then end with the stop ids
         # that the files name, and `render_chat` refuses a turn that ends with another.
         return set()
-    ids = backend.encode(text[text.rfind(answer) + len(answer) :])
-    return {index for index in ids if index in backend.special.control_ids and index != backend.special.bos_id} and {
-        next(index for index in ids if index in backend.special.control_ids)
-    }
+    tail = backend.encode(text[text.rfind(answer) + len(answer) :])
+    # Some vocabularies have their runs of newlines added by name; those end no turn.
+    marks = [index for index in tail if index in backend.special.control_ids]
+    marks = [index for index in marks if backend.decode([index], skip_special=False).strip()]
+    return set(marks[:1])

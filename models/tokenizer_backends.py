@@ -19,6 +19,7 @@ from models.tokenizer_files import (
     bytes_as_fast,
     portable_config,
     sentencepiece_as_fast,
+    user_defined_ids,
     write_fast_folder,
     write_templates,
 )
@@ -34,7 +35,8 @@ class SpecialTokens:
 
     Attributes:
         bos_id: id that begins a sequence, None where the vocabulary has none. `eos_id` and `pad_id` alike.
-        control_ids: every id that no text may spell by accident; always holds the three above.
+        control_ids: ids of tokens that are spelled as a whole and not learnt from text: the three above, and those that
+            a vocabulary's maker added by name, among which a chat template finds its marks.
         stop_ids: ids known to end a generation, besides those a chat template adds.
         spelling: spelling by name (`bos_token`, ...), as chat templates know them.
     """
@@ -179,6 +181,7 @@ class SentencePieceBackend:
 
     def _special(self) -> SpecialTokens:
         processor = self._processor
+        added = user_defined_ids(self._file)
         # Sentencepiece says -1 for a role that its vocabulary does not have.
         ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
         found = {name: index for name, index in ids.items() if index >= 0}
@@ -186,7 +189,7 @@ class SentencePieceBackend:
             bos_id=found.get("bos"),
             eos_id=found.get("eos"),
             pad_id=found.get("pad"),
-            control_ids=frozenset({*self._control.values(), *found.values()}),
+            control_ids=frozenset({*self._control.values(), *found.values(), *added}),
             stop_ids=frozenset({found["eos"]} if "eos" in found else ()),
             spelling={f"{name}_token": processor.id_to_piece(index) for name, index in found.items()},
         )
@@ -217,7 +220,7 @@ class SentencePieceBackend:
         texts: list[str] = []
         run: list[int] = []
         for index in [*ids, -1]:
-            if 0 <= index < self.vocab_size and index not in self.special.control_ids:
+            if 0 <= index < self.vocab_size and not self._processor.is_control(index):
                 run.append(index)
                 continue
             texts.append(self._processor.decode(run) if run else "")
@@ -271,7 +274,6 @@ class HuggingFaceBackend:
             bos_id=tokenizer.bos_token_id,
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
-            # Added tokens that are not flagged special (a call's or a thought's brackets) are still never plain text.
             control_ids=frozenset({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}),
             stop_ids=frozenset(eos | _generation_config_stops(name)),
             spelling={key: str(value) for key, value in tokenizer.special_tokens_map.items() if value is not None},

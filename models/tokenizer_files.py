@@ -1,7 +1,7 @@
 """Tokenizer folders that transformers, vLLM and others open: writing them, and training a small vocabulary.
 
-A folder holds `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, in a spelling that transformers 4 and
-5 both read.
+A folder holds `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, in a spelling that transformers 4
+and 5 both read.
 """
 
 import json
@@ -90,9 +90,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Path
     return folder
 
 
-def write_fast_folder(
-    folder: Path, fast: Tokenizer, *, names: Mapping[str, str], templates: Mapping[str, str]
-) -> None:
+def write_fast_folder(folder: Path, fast: Tokenizer, *, names: Mapping[str, str], templates: Mapping[str, str]) -> None:
     """Writes a fast tokenizer as a folder.
 
     Args:
@@ -173,10 +171,7 @@ def sentencepiece_as_fast(file: Path, *, encode: Callable[[str], list[int]]) -> 
     Returns:
         The fast tokenizer, or None (with a logged warning that says where they differ) if the ids are not the same.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(file.read_bytes())
+    proto = _read_proto(file)
     if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
         logger.warning("%s: neither unigram nor BPE, so only tokenizer.model is written", file)
         return None
@@ -195,11 +190,31 @@ def sentencepiece_as_fast(file: Path, *, encode: Callable[[str], list[int]]) -> 
 
 
 _SAMPLES = (
-    "The quick brown fox, 12345 times; it's \"fine\".",
+    'The quick brown fox, 12345 times; it\'s "fine".',
     "  two  spaces \n\n and\ta tab \r\n",
     "Straße naïve ﬁne ½ Ｆｕｌｌ width",
     "Привет мир! 你好，世界。 🙂👩‍👩‍👧",
 )
+
+
+def user_defined_ids(file: Path) -> set[int]:
+    """The ids of the symbols that the maker of a sentencepiece model added by name.
+
+    Args:
+        file: the `.model` file.
+
+    Returns:
+        Their ids; sentencepiece's own interface does not tell.
+    """
+    return {index for index, piece in enumerate(_read_proto(file).pieces) if piece.type == _USER_DEFINED}
+
+
+def _read_proto(file: Path) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(file.read_bytes())
+    return proto
 
 
 def _fast_from_proto(proto: Any) -> Tokenizer:
@@ -216,7 +231,7 @@ def _fast_from_proto(proto: Any) -> Tokenizer:
         )
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
     fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
