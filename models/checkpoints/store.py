@@ -351,7 +351,7 @@ def _selected(stored: Mapping[LeafPath, Any], only: Sequence[str] | None, *, pat
 
 
 def _storable(tree: Mapping[str, Any], *, where: str) -> Tree:
-    """Checks keys and leaves, and detaches the numpy leaves from the caller's memory."""
+    """Checks keys and leaves, and makes arrays of plain numbers."""
     problems: list[str] = []
 
     def visit(value: Any, path: LeafPath) -> Any:
@@ -369,7 +369,7 @@ def _storable(tree: Mapping[str, Any], *, where: str) -> Tree:
                 problems.append(f"{name}: {value.dtype}: keys are stored as plain uint32; use jax.random.key_data(key)")
             return value
         if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-            return np.array(value, copy=True)
+            return np.asarray(value)
         if isinstance(value, bool | int | float):
             return np.asarray(value, dtype=jax.dtypes.canonicalize_dtype(np.asarray(value).dtype))
         problems.append(f"{name}: {type(value).__name__}: leaves are arrays, numbers, None or {{}}; nest with dicts")

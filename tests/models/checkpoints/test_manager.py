@@ -21,7 +21,14 @@ import pytest
 
 from models.checkpoints import manager as manager_module
 from models.checkpoints import manifest, store
-from models.checkpoints.manager import CheckpointManager, SaveError, latest_verified, list_steps, load_step
+from models.checkpoints.manager import (
+    CheckpointManager,
+    SaveError,
+    latest_verified,
+    list_steps,
+    load_step,
+    step_problems,
+)
 from models.checkpoints.run_info import read_run_info
 
 OPTIONS = store.StoreOptions(ocdbt=True, zarr3=True, target_file_bytes=1 << 31)
@@ -418,6 +425,7 @@ def test_every_moment_of_sealing_replacing_and_deleting_leaves_the_newest_whole_
     """Copies the folder as it is before each call that changes it or forces it, and treats each copy as a crash."""
     save_steps(root, 1, 2, 3)
     flip_bit(a_data_file(root / "3"), 5)
+    before = step_problems(root / "3", "full")
     # With keep=1 the save replaces 3 and deletes 2 and 1.
     copies: list[Path] = []
 
@@ -439,6 +447,9 @@ def test_every_moment_of_sealing_replacing_and_deleting_leaves_the_newest_whole_
     for copy in copies:
         step, _ = latest_verified(copy, "full")
         found.append(step)
+        # Nothing half-written or half-deleted ever has a number: the only flaw is the bit flipped above.
+        problems = {number: step_problems(copy / str(number), "full") for number in list_steps(copy)}
+        assert all(lines in ([], before) for lines in problems.values()), (copy, problems)
     # The old newest step until the rename, the new one from then on.
     switch = found.index(3)
     assert found == [2] * switch + [3] * (len(found) - switch) and switch > 10
