@@ -142,6 +142,8 @@ class WandbView:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"logging.wandb=online: W&B did not start ({reason}); logging offline", file=out)
+            # W&B's background process still holds the run id for the attempt that failed.
+            wandb.teardown(exit_code=0)
             self._wandb_run = _start_wandb(wandb, "offline", run, recipe, settings, run_id)
         self._wandb_run.define_metric("step")
         self._wandb_run.define_metric("*", step_metric="step")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, SupportsFloat
 
 from recipes.metric_views import View, make_views
 from recipes.rundir import Run, metrics_path, write_atomically
@@ -20,12 +20,6 @@ from recipes.schema import Recipe
 
 ROW_FIELDS = ("step", "attempt", "time")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-class Clock(Protocol):
-    """Gives the wall time in seconds since 1970."""
-
-    def __call__(self) -> float: ...
 
 
 class MetricsWriter:
@@ -42,7 +36,7 @@ class MetricsWriter:
         restored_step: int,
         is_main: bool,
         views: Sequence[View],
-        clock: Clock = time.time,
+        clock: Callable[[], float],
     ) -> None:
         """Opens the file, dropping rows of an earlier attempt past the step that training goes on from.
 
@@ -52,7 +46,7 @@ class MetricsWriter:
             restored_step: completed steps of the restored state, 0 from the beginning; later rows are dropped.
             is_main: whether this process writes.
             views: what else shows each row.
-            clock: gives each row's time.
+            clock: gives each row's time, such as time.time.
         """
         self._attempt = attempt
         self._clock = clock
@@ -112,7 +106,12 @@ def open_metrics(run: Run, recipe: Recipe, *, restored_step: int, total_steps: i
     """
     views = make_views(run, recipe, restored_step=restored_step, total_steps=total_steps) if run.is_main else ()
     return MetricsWriter(
-        metrics_path(run.dir), attempt=run.attempt, restored_step=restored_step, is_main=run.is_main, views=views
+        metrics_path(run.dir),
+        attempt=run.attempt,
+        restored_step=restored_step,
+        is_main=run.is_main,
+        views=views,
+        clock=time.time,
     )
 
 

@@ -41,11 +41,22 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+class _InlineDumper(_Dumper):
+    """A dumper that escapes line breaks instead of writing them."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if len(text.splitlines()) > 1 or text.endswith("\n") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_InlineDumper.add_representer(str, _represent_text)
 _Loader.yaml_implicit_resolvers = {}
 _Dumper.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
+_InlineDumper.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,8 @@ def parse_mapping(text: str, where: str) -> ParsedYaml:
     Raises:
         ValueError: the text is no YAML, no mapping, or has a duplicate, non-text or self-referring entry.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return ParsedYaml({}, {})
@@ -78,8 +89,6 @@ def parse_mapping(text: str, where: str) -> ParsedYaml:
         return ParsedYaml(loader.construct_document(node), lines)
     except yaml.YAMLError as error:
         raise ValueError(_yaml_problem(error, where)) from None
-    finally:
-        loader.dispose()
 
 
 def parse_value(text: str, where: str) -> Any:
@@ -98,11 +107,7 @@ def dump(values: Any) -> str:
 
 def dump_inline(value: Any) -> str:
     """Writes a value as YAML on one line."""
-    multiline = isinstance(value, str) and "\n" in value
-    style = '"' if multiline else None
-    text = yaml.dump(
-        plain(value), Dumper=_Dumper, sort_keys=False, default_flow_style=True, default_style=style, width=10**9
-    )
+    text = yaml.dump(plain(value), Dumper=_InlineDumper, sort_keys=False, default_flow_style=True, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
