@@ -1,4 +1,4 @@
-"""The rules of DESIGN.md and STYLE.md as functions over a folder, so that tests can plant violations in a folder too.
+"""The house rules as functions over a folder, so that tests can plant violations in a folder too.
 
 Each checker returns the violations that it found, one sentence each, and an empty list where there are none.
 """
@@ -127,7 +127,7 @@ def check_arrows(root: Path) -> list[str]:
 
 
 def check_doors(root: Path) -> list[str]:
-    """Third parties that enter through one door (DESIGN.md, decision 3)."""
+    """Third parties that enter through one door each."""
     return [
         f"{found.where}: imports {found.module}; {party} enters through {' and '.join(doors) or 'tests'} alone"
         for found in package_imports(root)
@@ -148,10 +148,10 @@ def check_kept_out(root: Path) -> list[str]:
 
 
 def check_folders(root: Path) -> list[str]:
-    """The top-level folders are DESIGN.md's, and nothing is called common, core or utils."""
+    """The top-level folders are fixed, and nothing is called common, core or utils."""
     folders = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     violations = [
-        f"{name}/: not a top-level folder of DESIGN.md"
+        f"{name}/: the top-level folders are fixed; put it into one of them"
         for name in folders
         if name not in TOP_LEVEL_FOLDERS and not LEFT_BEHIND.fullmatch(name)
     ]
