@@ -35,10 +35,10 @@ _MIN_BLOCK, _MAX_BLOCK = 64, 256
 
 
 class _Spec(NamedTuple):
-    """The static part of a call: `groups` is G, `count` the number of blocks along time."""
+    """The static part of a call: `groups` is G, `num_blocks` is counted along time."""
 
     block: int
-    count: int
+    num_blocks: int
     groups: int
     scale: float
     softcap: float | None
@@ -47,8 +47,8 @@ class _Spec(NamedTuple):
 class _Marks(NamedTuple):
     """What decides which key a query sees, laid out along the rows (R) and columns (S) of a tile.
 
-    The ids are None when the batch has no segments, the window is None when there is none. A query of segment 0 (padding)
-    carries the id -1, which no key has.
+    The ids are None when the batch has no segments, the window is None when there is none. A query of segment 0
+    (padding) carries the id -1, which no key has.
     """
 
     query_offset_R: Array
@@ -76,22 +76,22 @@ def blocked_attention(
     no key (padding) gives exactly 0 and takes and gives no gradient. Query head h reads kv head h // (H // K).
 
     Args:
-      q_BTHN: Queries.
-      k_BSKN: Keys, on the queries' time axis.
-      v_BSKN: Values.
-      segment_ids_BT: Ids >= 0, with 0 for padding; None where every position belongs to one document.
-      window: Number of keys a query may look back on, itself included; None for all. It may be a traced scalar, so
-        that scanned layers can differ in it; blocks outside it are skipped either way.
-      scale: Factor of the logits, usually N ** -0.5.
-      softcap: If not None, logits become softcap * tanh(logits / softcap) before the mask (Gemma 2,
-        https://arxiv.org/abs/2408.00118, section 2).
-      block_size: Queries and keys a tile spans; None picks one from the shape.
+        q_BTHN: Queries.
+        k_BSKN: Keys, on the queries' time axis.
+        v_BSKN: Values.
+        segment_ids_BT: Ids >= 0, with 0 for padding; None where every position belongs to one document.
+        window: Number of keys a query may look back on, itself included; None for all. It may be a traced scalar, so
+            that scanned layers can differ in it; blocks outside it are skipped either way.
+        scale: Factor of the logits, usually N ** -0.5.
+        softcap: If not None, logits become softcap * tanh(logits / softcap) before the mask (Gemma 2,
+            https://arxiv.org/abs/2408.00118, section 2).
+        block_size: Queries and keys a tile spans; None picks one from the shape.
 
     Returns:
-      The attention output, in q's dtype. The softmax runs in float32 at least.
+        The attention output, in q's dtype. The softmax runs in float32 at least.
 
     Raises:
-      ValueError: if H is not a multiple of K, or a static window or the block size is below 1.
+        ValueError: if H is not a multiple of K, or a static window or the block size is below 1.
     """
     B, T, H, _ = q_BTHN.shape
     num_kv_heads = k_BSKN.shape[2]
@@ -155,7 +155,7 @@ def _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
         return None, (jnp.where(seen_BKR[..., None], out_BKRN / total_BKR[..., None], 0), lse_BKR)
 
     q_CBKRN = _split(q_BTHN * spec.scale, spec, groups=spec.groups)
-    _, (out_CBKRN, lse_CBKR) = lax.scan(query_block, None, (jnp.arange(spec.count), q_CBKRN))
+    _, (out_CBKRN, lse_CBKR) = lax.scan(query_block, None, (jnp.arange(spec.num_blocks, dtype=jnp.int32), q_CBKRN))
     out_BTHN = _join(out_CBKRN, spec, like=q_BTHN)
     return out_BTHN, (q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window, out_BTHN, lse_CBKR)
 
@@ -189,7 +189,7 @@ def _attend_backward(spec, residuals, d_out_BTHN):
         d_q_BKNR, *carry = lax.fori_loop(marks.first_C[i], i + 1, key_block, start)
         return tuple(carry), d_q_BKNR
 
-    blocks = jnp.arange(spec.count), q_CBKRN, d_out_CBKRN, lse_CBKR, delta_CBKR
+    blocks = jnp.arange(spec.num_blocks, dtype=jnp.int32), q_CBKRN, d_out_CBKRN, lse_CBKR, delta_CBKR
     carry = jnp.zeros_like(k_CBKSN), jnp.zeros_like(v_CBKSN)
     (d_k_CBKSN, d_v_CBKSN), d_q_CBKNR = lax.scan(query_block, carry, blocks)
     d_q_BTHN = _join(d_q_CBKNR.swapaxes(-1, -2) * spec.scale, spec, like=q_BTHN)
@@ -208,9 +208,9 @@ def _split(x_BTHN, spec: _Spec, *, groups: int):
     """[B, T, K * groups, N] -> [C, B, K, groups * block, N] in the working dtype, T padded to whole blocks."""
     B, T, H, N = x_BTHN.shape
     x_BTHN = x_BTHN.astype(jnp.promote_types(x_BTHN.dtype, jnp.float32))
-    x_BTHN = jnp.pad(x_BTHN, ((0, 0), (0, spec.count * spec.block - T), (0, 0), (0, 0)))
-    x = x_BTHN.reshape(B, spec.count, spec.block, H // groups, groups, N).transpose(1, 0, 3, 4, 2, 5)
-    return x.reshape(spec.count, B, H // groups, groups * spec.block, N)
+    x_BTHN = jnp.pad(x_BTHN, ((0, 0), (0, spec.num_blocks * spec.block - T), (0, 0), (0, 0)))
+    x = x_BTHN.reshape(B, spec.num_blocks, spec.block, H // groups, groups, N).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(spec.num_blocks, B, H // groups, groups * spec.block, N)
 
 
 def _join(x_CBKRN, spec: _Spec, *, like):
@@ -239,7 +239,7 @@ def _hide(spec: _Spec, marks: _Marks, logits, i, j, *, key_axis: int):
     visible = distance >= 0
     if marks.window is not None:
         visible &= distance < marks.window
-    if marks.query_id_CB1R is not None:
+    if marks.query_id_CB1R is not None and marks.key_id_CB1S is not None:
         visible &= queries(marks.query_id_CB1R[i]) == keys(marks.key_id_CB1S[j])
     return jnp.where(visible, logits, _HIDDEN)
 
@@ -248,14 +248,14 @@ def _marks(spec: _Spec, shape: tuple[int, int], segment_ids_BT, window) -> _Mark
     """Lays positions and segment ids out along tiles, and finds the first key block each query block needs."""
     B, T = shape
     offset = jnp.arange(spec.block, dtype=jnp.int32)
-    block = jnp.arange(spec.count, dtype=jnp.int32)
+    block = jnp.arange(spec.num_blocks, dtype=jnp.int32)
     first_C = jnp.zeros_like(block)
     if window is not None:
         first_C = jnp.maximum(first_C, (block * spec.block - window + 1) // spec.block)
     query_id = key_id = None
     if segment_ids_BT is not None:
-        ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, spec.count * spec.block - T)))
-        ids_CBS = ids_BT.reshape(B, spec.count, spec.block).swapaxes(0, 1)
+        ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, spec.num_blocks * spec.block - T)))
+        ids_CBS = ids_BT.reshape(B, spec.num_blocks, spec.block).swapaxes(0, 1)
         first_C = jnp.maximum(first_C, _first_block_of_segments(ids_CBS))
         key_id = ids_CBS[:, :, None]
         query_id = jnp.tile(jnp.where(key_id == 0, -1, key_id), spec.groups)
