@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from models.checkpoints.loader import Placement, find_step_dir, load_params
 from models.checkpoints.manager import CheckpointManager
 from models.sharding import activation_mesh
 from pretrain.batching import place
@@ -41,8 +42,8 @@ from pretrain.setup import Setup, prepare
 from pretrain.state import TrainState, init_state
 from pretrain.step import Metrics, StepOptions, jit_train_step, make_eval_step, make_train_step
 from recipes.load import LoadedRecipe
-from recipes.metrics import MetricsWriter
-from recipes.rundir import Run, create_run, record_devices
+from recipes.metrics import open_metrics
+from recipes.rundir import Run, checkpoints_dir, create_run, profile_dir, record_devices, wandb_id_path
 from recipes.schema import PretrainRecipe, recipe_hash
 
 logger = logging.getLogger(__name__)
@@ -71,16 +72,17 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     assert isinstance(recipe, PretrainRecipe), recipe.kind
     with runtime(recipe.train, recipe.mesh):
         setup = prepare(recipe)
-        run_dir = create_run(recipe, argv)
-        with run_dir, activation_mesh(setup.mesh, setup.rules):
-            return Pretrainer(recipe, setup, run_dir).run()
+        with create_run(recipe, argv, jax.process_index() == 0) as attempt:
+            logger.info(attempt.story)
+            with activation_mesh(setup.mesh, setup.rules):
+                return Pretrainer(recipe, setup, attempt).run()
 
 
 class Pretrainer:
     """One attempt at a run: from its first state, or the one it resumes, to its last step."""
 
-    def __init__(self, recipe: PretrainRecipe, setup: Setup, run_dir: Run) -> None:
-        self.recipe, self.setup, self.run_dir = recipe, setup, run_dir
+    def __init__(self, recipe: PretrainRecipe, setup: Setup, attempt: Run) -> None:
+        self.recipe, self.setup, self.attempt = recipe, setup, attempt
         self.identity = Identity(setup.config, recipe.model, recipe_hash(recipe), recipe.train.seed)
         self.seed_key = jax.random.fold_in(jax.random.key(recipe.train.seed), 1)
         options = StepOptions(
@@ -102,15 +104,13 @@ class Pretrainer:
 
     def run(self) -> Result:
         """Trains to the last step; saves, evaluates and logs on the way."""
-        record_devices(self.run_dir, [f"{device.device_kind} {device.id}" for device in self.setup.mesh.devices.flat])
-        section = self.recipe.checkpoint
-        manager = open_manager(self.run_dir.checkpoints, section) if section.enabled else None
+        record_devices(self.attempt, [f"{device.device_kind} {device.id}" for device in self.setup.mesh.devices.flat])
+        section, total = self.recipe.checkpoint, self.recipe.train.steps
+        manager = open_manager(checkpoints_dir(self.attempt.dir), section) if section.enabled else None
         try:
-            state, wandb_id = self._first_state()
+            state = self._first_state()
             start = int(state.step)
-            self.writer = MetricsWriter(
-                self.run_dir, self.recipe, first_step=start, total_steps=self.recipe.train.steps, wandb_run_id=wandb_id
-            )
+            self.writer = open_metrics(self.attempt, self.recipe, restored_step=start, total_steps=total)
             with self.writer, StopRequest() as stop:
                 state = self._train(state, start, manager, stop)
             if manager is not None:
@@ -119,20 +119,33 @@ class Pretrainer:
             self.setup.train_iterator.close()
             if manager is not None:
                 manager.close()
-        return Result(self.run_dir.path, int(state.step), self.last_row, state)
+        return Result(self.attempt.dir, int(state.step), self.last_row, state)
 
-    def _first_state(self) -> tuple[TrainState, str | None]:
+    def _first_state(self) -> TrainState:
         """The newest verified checkpoint of this run, else the weights the recipe names, else random weights."""
-        setup = self.setup
-        found = find_resume_step(self.run_dir.checkpoints, self.recipe.checkpoint) if self.run_dir.resumed else None
+        setup, section = self.setup, self.recipe.model
+        folder = checkpoints_dir(self.attempt.dir)
+        found = find_resume_step(folder, self.recipe.checkpoint)
         if found is not None:
-            step_dir = self.run_dir.checkpoints / str(found)
+            step_dir = folder / str(found)
             state, info = restore_state(step_dir, setup.abstract, setup.shardings.state, self.identity)
-            assert info.data_state is not None
+            assert info.data_state is not None, step_dir
             setup.train_iterator.set_state(own_data_state(info.data_state, step_dir))
             logger.info("Resumed from %s: %d steps completed", step_dir, found)
-            return state, info.wandb_run_id
-        return init_state(setup.model, setup.tx, setup.shardings, seed=self.recipe.train.seed), None
+            return state
+        if section.load_full_state_path is not None:
+            step_dir = find_step_dir(Path(section.load_full_state_path))
+            state, _ = restore_state(step_dir, setup.abstract, setup.shardings.state, self.identity)
+            logger.info("Loaded full state from %s", section.load_full_state_path)
+            return state
+        state = init_state(setup.model, setup.tx, setup.shardings, seed=self.recipe.train.seed)
+        if section.load_parameters_path is not None:
+            placement = Placement(setup.mesh, setup.rules)
+            params = load_params(
+                section.load_parameters_path, setup.model, placement, verify=self.recipe.checkpoint.verify
+            )
+            state = TrainState(state.step, params, state.opt_state)
+        return state
 
     def _train(self, state: TrainState, start: int, manager: CheckpointManager | None, stop: StopRequest) -> TrainState:
         recipe, setup = self.recipe, self.setup
@@ -172,7 +185,7 @@ class Pretrainer:
     def _stop_message(self, done: int, *, saved: bool) -> str:
         if not saved:
             return f"stopped after {done} steps; nothing was saved, since checkpoint.enabled=false"
-        return f"stopped after {done} steps and saved; go on with run.dir={self.run_dir.path} run.resume=must"
+        return f"stopped after {done} steps and saved; go on with run.dir={self.attempt.dir} run.resume=must"
 
     def _next_batch(self, done: int) -> TokenBatch:
         try:
@@ -195,7 +208,7 @@ class Pretrainer:
         row = {**values, **self.timer.step(values["learning/total_weights"])}
         row["learning/perplexity"] = math.exp(min(values["learning/loss"], 700.0)) if finite else math.nan
         if not finite:
-            path = self.run_dir.path / "nonfinite" / f"step-{done:06d}-host-{jax.process_index()}.npz"
+            path = self.attempt.dir / "nonfinite" / f"step-{done:06d}-host-{jax.process_index()}.npz"
             save_batch(batch, path)
             self.skipped += 1
             row["guard/skipped_steps"] = self.skipped
@@ -239,8 +252,12 @@ class Pretrainer:
 
     def _save(self, manager: CheckpointManager, state: TrainState, done: int, *, blocking: bool) -> None:
         data_state = gather_data_state(self.setup.train_iterator.get_state())
-        info = self.identity.run_info(done, data_state, self.writer.wandb_run_id)
+        info = self.identity.run_info(done, data_state, self._wandb_run_id())
         manager.save(done, state_items(state, self.recipe.model.framework), info, blocking=blocking)
+
+    def _wandb_run_id(self) -> str | None:
+        path = wandb_id_path(self.attempt.dir)
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
     def _should_stop(self, stop: StopRequest) -> bool:
         """Whether any host was asked to stop; all hosts get the same answer."""
@@ -252,7 +269,7 @@ class Pretrainer:
     def _start_profile(self, done: int) -> None:
         steps = self.recipe.logging.profile_steps
         if steps is not None and done == steps[0]:
-            jax.profiler.start_trace(self.run_dir.path / "profile")
+            jax.profiler.start_trace(profile_dir(self.attempt.dir))
 
     def _stop_profile(self, done: int, metrics: Metrics) -> None:
         steps = self.recipe.logging.profile_steps
