@@ -73,9 +73,9 @@ def recipes() -> None:
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("recipe", "kind", "what it does", box=box.SIMPLE_HEAD)
+        table = Table(Column("recipe", no_wrap=True), Column("kind", no_wrap=True), "what it does", box=box.SIMPLE_HEAD)
         for row in rows:
             table.add_row(*row)
         Console().print(table, highlight=False, markup=False)
@@ -161,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="posttrain", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            print("posttrain: interrupted", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except UsageMistake as mistake:
         print(_spell_mistake(mistake, arguments), file=sys.stderr)
@@ -176,8 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("posttrain: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has left; Python would complain again when it flushes stdout at exit.
+    except (BrokenPipeError, SystemExit) as end:
+        # The reader (head, less) has left. Typer turns that into an exit of its own, and Python would complain again
+        # when it flushes stdout at exit.
+        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

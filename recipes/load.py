@@ -150,6 +150,8 @@ def _chain(path: Path, shown: str, above: tuple[Path, ...]) -> Iterator[tuple[st
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{shown}: not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from None
     parsed = parse_mapping(text, shown)
     values = dict(parsed.values)
     base = values.pop("base", None)

@@ -235,7 +235,10 @@ def _no_folder(key: str, value: object, error: OSError) -> ValueError:
 
 def _take_lock(run_dir: Path) -> IO[str]:
     """Locks the directory for this process; the system releases the lock when the process ends, however it ends."""
-    lock = lock_path(run_dir).open("a+", encoding="utf-8")
+    try:
+        lock = lock_path(run_dir).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -285,6 +285,13 @@ def test_folder_binary_and_empty_files_are_refused_in_words(write, tmp_path):
     assert "kind: missing" in errors(write("e.yaml", ""), [])[0]
 
 
+def test_file_that_cannot_be_read_is_told(write, monkeypatch):
+    write("a.yaml", HEAD)
+    refusal = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: (_ for _ in ()).throw(refusal))
+    assert errors("a.yaml", []) == ["a.yaml: cannot be read (Permission denied); check its permissions"]
+
+
 def test_override_that_changes_a_mode_sets_the_old_modes_settings_aside_with_a_note(write):
     write("a.yaml", HEAD + "tokenizer: {path: bytes}\ndata:\n  kind: tfds\n  path: x\n  name: c4\n  shuffle_seed: 3\n")
     loaded = load_recipe("a.yaml", ["data.kind=synthetic"])

@@ -189,6 +189,11 @@ def test_a_file_and_a_folder_with_strangers_results_are_refused():
     assert metrics_path(Path("strange")).read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_written_is_told():
+    lock_path(Path("r")).mkdir(parents=True)
+    assert "run.dir=r: cannot be written (Is a directory); choose another run.dir" in refused("run.dir=r")
+
+
 def test_resuming_with_a_changed_recipe_names_every_changed_key_and_leaves_the_run_alone():
     start("run.dir=r")
     before = {path.name: path.read_bytes() for path in Path("r").iterdir() if path.name != "lock"}
