@@ -1,0 +1,187 @@
+"""What hands out batches, and the position that is saved with a checkpoint.
+
+A batch iterator belongs to one host and hands out that host's rows as numpy arrays. Its state is a small JSON value
+that belongs to the last batch handed out, whatever has been read ahead; each host saves and restores its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+
+from pretrain.data.batch import FIELD_NAMES, TextTotals, TokenBatch
+
+STATE_VERSION = 1
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+    """Batches for one host, with a position that can be saved."""
+
+    def __iter__(self) -> BatchIterator: ...
+
+    def __next__(self) -> TokenBatch:
+        """The next batch of this host's rows.
+
+        Raises:
+            StopIteration: the data is read to its end. Of several hosts with a finite num_epochs each may come to its
+                end at another step; a host that is done feeds `padding_batch` until all are.
+        """
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch handed out, as a JSON value."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position; the next batch is the one that followed it.
+
+        Raises:
+            ValueError: the state belongs to other data, another order or other rows.
+        """
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+
+
+@runtime_checkable
+class EvalIterator(BatchIterator, Protocol):
+    """One pass over held-out documents, in order."""
+
+    def reset(self) -> None:
+        """Starts the pass again."""
+
+    @property
+    def totals(self) -> TextTotals:
+        """What the batches since the last reset held, over all hosts."""
+
+
+class RowIterator:
+    """A grain pipeline of stacked rows as a `BatchIterator`, with the checks that make its saved position safe."""
+
+    def __init__(self, batches: grain.IterDataset, fingerprint: dict[str, Any]) -> None:
+        """Reads `batches`; `fingerprint` is the JSON value that a saved position must agree with."""
+        self._batches = batches
+        self._fingerprint = fingerprint
+        self._open()
+
+    def _open(self) -> None:
+        self._iterators = [iter(self._batches)]
+        # grain closes an iterator that is collected, which fails noisily once the interpreter has begun to end. So it
+        # is closed before that, and let go.
+        self._finalizer = weakref.finalize(self, _close_all, self._iterators)
+        self._target_tokens = self._text_bytes = 0
+
+    def __iter__(self) -> RowIterator:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        assert self._iterators, "the iterator is closed"
+        stacked = next(self._iterators[0])
+        self._target_tokens += stacked["target_tokens"]
+        self._text_bytes += stacked["text_bytes"]
+        return TokenBatch(**{name: stacked[name] for name in FIELD_NAMES})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """A copy of the value that tells this data, its order and its rows from others."""
+        return copy.deepcopy(self._fingerprint)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch handed out."""
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.fingerprint,
+            "target_tokens": self._target_tokens,
+            "text_bytes": self._text_bytes,
+            "grain": copy.deepcopy(self._iterators[0].get_state()),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position, in a fresh pipeline: nothing of the present one is carried over."""
+        require_same_data(self._fingerprint, state)
+        self.reset()
+        self._iterators[0].set_state(copy.deepcopy(state["grain"]))
+        self._target_tokens, self._text_bytes = state["target_tokens"], state["text_bytes"]
+
+    def reset(self) -> None:
+        """Goes back to the first batch."""
+        self.close()
+        self._open()
+
+    @property
+    def totals(self) -> TextTotals:
+        """What the batches so far held: this host's for training, all hosts' for evaluation."""
+        return TextTotals(self._target_tokens, self._text_bytes)
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._finalizer()
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+class ReusingIterator:
+    """The first batches of another iterator, again and again: a model that cannot overfit them has a fault."""
+
+    def __init__(self, iterator: RowIterator, count: int) -> None:
+        """Repeats the first `count` batches of `iterator`, or all of them where it has fewer."""
+        self._iterator = iterator
+        self._count = count
+        self._kept: list[TokenBatch] = []
+        self._next = 0
+
+    def __iter__(self) -> ReusingIterator:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        while len(self._kept) < self._count and len(self._kept) <= self._next:
+            try:
+                self._kept.append(next(self._iterator))
+            except StopIteration:
+                self._count = len(self._kept)
+        batch = self._kept[self._next % self._count]
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches handed out, beside the identity of the data they come from."""
+        return {"version": STATE_VERSION, "fingerprint": self._iterator.fingerprint, "reused": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues the round after a saved position; the batches are read again from the data's start."""
+        require_same_data(self._iterator.fingerprint, state)
+        self._iterator.reset()
+        self._kept, self._next = [], state["reused"]
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._iterator.close()
+
+
+def require_same_data(fingerprint: dict[str, Any], state: dict[str, Any]) -> None:
+    """Requires that a saved position belongs to the pipeline it is restored into.
+
+    The number of rows in a batch may differ: the position lies between rows. All else that decides which row comes
+    next has to be equal.
+
+    Raises:
+        ValueError: it does not; the message names what differs.
+    """
+    if state.get("version") != STATE_VERSION or "fingerprint" not in state:
+        raise ValueError(
+            f"saved data position: version {state.get('version')!r} with {sorted(state)}: this pipeline reads version "
+            f"{STATE_VERSION}; resume with the data section the run was started with"
+        )
+    saved = state["fingerprint"]
+    differing = sorted(key for key in fingerprint.keys() | saved.keys() if fingerprint.get(key) != saved.get(key))
+    if differing:
+        was = ", ".join(f"{key}={saved.get(key)!r}, now {fingerprint.get(key)!r}" for key in differing)
+        raise ValueError(
+            f"saved data position: {was}: rows would not continue where they stopped; "
+            "resume with the same data and hosts, or start a new run from the checkpoint's parameters"
+        )
