@@ -264,9 +264,9 @@ def test_gradients_within_the_bound_are_untouched(max_norm):
 
 
 def test_norm_of_bf16_gradients_is_summed_in_float32_and_zero_gradients_stay_finite():
-    # A bfloat16 sum of 4096 ones would stop at 256.
-    clipped, norm = clip_by_global_norm({"a": jnp.ones((4096,), jnp.bfloat16)}, 1.0)
-    assert float(norm) == 64.0
+    # 4096 times 1 + 2^-7: the norm is 64 (1 + 2^-7) = 64.5. In bfloat16 the squares alone would lose 2^-14.
+    clipped, norm = clip_by_global_norm({"a": jnp.full((4096,), 1 + 2**-7, jnp.bfloat16)}, 1.0)
+    assert float(norm) == 64.5
     assert clipped["a"].dtype == jnp.bfloat16
     assert float(clipped["a"][0]) == 1 / 64
     zeros, norm = clip_by_global_norm({"a": jnp.zeros((3,))}, 1.0)
@@ -313,9 +313,10 @@ def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adam():
     kernel = updates["decoder", "layers_0", "self_attention", "out", "kernel"]
     inputs, outputs = kernel.shape[0] * kernel.shape[1], kernel.shape[2]
     singular = np.linalg.svd(np.asarray(kernel).reshape(inputs, outputs), compute_uv=False)
-    # Newton-Schulz brings singular values near 1 (within [0.7, 1.2]); the rate 0.1 and the width scale them.
+    # Five iterations with these coefficients bring singular values into a band that starts at 0.68, not quite at the
+    # customary 0.7; the rate 0.1 and the width's factor scale them.
     singular = singular / (RATE * max(1, outputs / inputs) ** 0.5)
-    assert 0.65 <= singular.min() <= singular.max() <= 1.25
+    assert 0.68 <= singular.min() <= singular.max() <= 1.2
     # Adam's first step is a sign, up to Nesterov's constant factor.
     table = np.abs(updates["token_embedder", "embedding"])
     assert table.max() == pytest.approx(table.min(), rel=1e-3)
