@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 Tree = dict[str, Any]
@@ -97,7 +96,8 @@ def start_save(path: Path, tree: Mapping[str, Any], *, options: StoreOptions) ->
         save_args=save_args,
         ocdbt_target_data_file_size=options.target_file_bytes if options.ocdbt else None,
     )
-    checkpointer.save(epath.Path(path), args=args)
+    # Orbax takes absolute paths only.
+    checkpointer.save(path.absolute(), args=args)
     return PendingSave(checkpointer)
 
 
@@ -248,7 +248,7 @@ def _require_items(path: Path) -> None:
 
 
 def _stored_tree(path: Path) -> Any:
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
+    return ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
 
 
 def _read(path: Path, stored_tree: Any, wanted: Mapping[LeafPath, Any], restore_args: Any) -> dict[LeafPath, Any]:
@@ -263,7 +263,7 @@ def _read(path: Path, stored_tree: Any, wanted: Mapping[LeafPath, Any], restore_
         return entry if _is_empty(entry) else restore_args(leaf)
 
     restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-        epath.Path(path),
+        path.absolute(),
         args=ocp.args.PyTreeRestore(
             _map_stored(item, stored_tree, ()), restore_args=_map_stored(args, stored_tree, ())
         ),

@@ -264,6 +264,16 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_the_way_to_one(tmp_path)
         store.read_host(tmp_path / "nowhere", only=None)
 
 
+def test_a_path_relative_to_the_working_directory_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for ocdbt in (True, False):
+        items = Path("runs") / str(ocdbt) / "items"
+        store.save(items, {"w": jnp.ones(3)}, options=dataclasses.replace(OPTIONS, ocdbt=ocdbt))
+        assert_same_bits(store.read_host(items, only=None), {"w": np.ones(3, np.float32)})
+        restored = store.restore(items, store.read_metadata(items), only=None, cast=False)
+        assert_same_bits(restored, {"w": np.ones(3, np.float32)})
+
+
 def test_trees_that_cannot_be_stored_are_refused_with_every_reason(tmp_path):
     tree = {
         "a.b": jnp.ones(1),
