@@ -266,6 +266,7 @@ def test_gradients_within_the_bound_are_untouched(max_norm):
 def test_norm_of_bf16_gradients_is_summed_in_float32_and_zero_gradients_stay_finite():
     # 4096 times 1 + 2^-7: the norm is 64 (1 + 2^-7) = 64.5. In bfloat16 the squares alone would lose 2^-14.
     clipped, norm = clip_by_global_norm({"a": jnp.full((4096,), 1 + 2**-7, jnp.bfloat16)}, 1.0)
+    assert norm.dtype == jnp.float32
     assert float(norm) == 64.5
     assert clipped["a"].dtype == jnp.bfloat16
     assert float(clipped["a"][0]) == 1 / 64
