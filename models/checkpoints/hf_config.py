@@ -180,6 +180,9 @@ def _sizes(reader: _Reader, spelling: Spelling) -> dict[str, Any]:
             fields[field] = reader.flag(key)
         else:
             fields[field] = reader.number(key, whole=field not in _FRACTIONAL, nullable=field in _NULLABLE)
+    if reader.problems:
+        # What follows from a wrong size would be wrong too, and would be blamed as well.
+        return fields
     width, heads = fields["embed_dim"], fields["num_heads"]
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = heads

@@ -158,7 +158,8 @@ def write_tensors(folder: Path, tensors: Sequence[OutgoingTensor], *, dtype: str
 def _write_shard(path: Path, shard: Sequence[OutgoingTensor], dtype: str) -> None:
     content = {}
     for tensor in shard:
-        values = tensor.values().astype(DTYPES[dtype])
+        with np.errstate(over="ignore"):  # What overflows is reported below, by name.
+            values = tensor.values().astype(DTYPES[dtype])
         assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
         if not np.isfinite(values).all():
             count = int(values.size - np.count_nonzero(np.isfinite(values)))
