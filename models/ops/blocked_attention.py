@@ -29,9 +29,11 @@ from jaxtyping import Array, Float, Int
 # The logit of a hidden key. It is finite, so that a row without any visible key meets no inf - inf.
 _HIDDEN = -1e30
 
-# A tile of B * H * block * block numbers is fastest when it just fits the cores' second-level caches.
+# Measured on two cores with 2 MiB of second-level cache each (bench/attention.py): blocks of 128 win where a tile of
+# B * H * block * block float32 numbers fits those caches and the row has at least four such blocks, so that little of
+# the work lies above the diagonal; 64 wins elsewhere; 32 and 256 never win by more than the noise.
+_LONG_BLOCK, _SHORT_BLOCK = 128, 64
 _TILE_ELEMENTS = 2**20
-_MIN_BLOCK, _MAX_BLOCK = 64, 256
 
 
 class _Spec(NamedTuple):
@@ -112,13 +114,11 @@ def blocked_attention(
 def pick_block(num_rows: int, length: int) -> int:
     """Returns the block length for `num_rows` = B * H attention matrices of `length` positions.
 
-    It is the power of two whose tile fills the caches, shortened so that the last block carries little padding.
+    The fastest block is shortened to a multiple of 16 so that the last one carries little padding.
     """
-    block = _MAX_BLOCK
-    while block > _MIN_BLOCK and num_rows * block * block > _TILE_ELEMENTS:
-        block //= 2
-    count = -(-length // block)
-    return -(-length // (count * 16)) * 16
+    is_long = length >= 4 * _LONG_BLOCK and num_rows * _LONG_BLOCK**2 <= _TILE_ELEMENTS
+    num_blocks = -(-length // (_LONG_BLOCK if is_long else _SHORT_BLOCK))
+    return -(-length // (num_blocks * 16)) * 16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

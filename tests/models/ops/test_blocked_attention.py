@@ -266,9 +266,10 @@ def test_batch_and_head_shards_equal_the_whole_without_moving_activations(run_on
     ("num_rows", "length", "block"),
     [
         (64, 512, 128),  # 64 * 128^2 = 2^20 numbers a tile
-        (16, 2048, 256),
+        (65, 512, 64),
+        (16, 2048, 128),
         (64, 520, 112),  # ceil(520 / 128) = 5 blocks of 104, rounded up to 16: 112
-        (1024, 4096, 64),
+        (8, 256, 64),
         (4, 20, 32),
     ],
 )
