@@ -141,11 +141,7 @@ class _Chat:
             self._check_no_stop_inside(index)
         marks = self.template.marks_generation
         found = list(self._marked_turns(indices) if marks else map(self._derived_turn, indices))
-        after = 0
         for turn in found:
-            if turn.pieces[0][0] < after:
-                self._refuse(turn.message, "the template renders it before an earlier message", _OTHER_TEMPLATE)
-            after = turn.stop + 1
             self._check_said_in_full(turn)
         return found
 
@@ -194,9 +190,6 @@ class _Chat:
             whole = self._render(self.messages, add_generation_prompt=False)
             return len(whole) if self.text.startswith(whole) else 0
         following = self.messages[index + 1]
-        if following["role"] == "assistant":
-            # Two turns of the assistant's in a row: the next one's prompt holds this turn and the next one's header.
-            return len(_common_prefix(self._prompt(index + 1), self.text))
         held = following.get("content")
         other = "1" if isinstance(held, str) and held.strip().startswith("0") else "0"
         changed = [*self.messages]

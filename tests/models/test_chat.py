@@ -5,6 +5,7 @@ is used where it is at hand.
 """
 
 import gzip
+import json
 import shutil
 
 import numpy as np
@@ -78,7 +79,7 @@ THINKING = (
 
 @pytest.fixture(scope="module")
 def bpe_dir(tmp_path_factory):
-    return train_bpe([WORDS] * 3, 300, tmp_path_factory.mktemp("bpe"))
+    return train_bpe([WORDS] * 3 + ["Say \n"] * 9, 300, tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +284,11 @@ def test_a_header_inside_the_tags_is_not_trained(with_template):
 DROPS_THOUGHTS = PLAIN.replace("m.content +", "m.content.split('</think>')[-1] +")
 NO_STOP = "{{ bos_token }}{% for m in messages %}" + HEADER + "{{ m.content + '\\n' }}{% endfor %}" + ASK
 # Only questions end with a stop token, so the next question's would seem to end the answer.
-QUESTION_STOPS = NO_STOP.replace("m.content +", "m.content + ('<|im_end|>' if m.role == 'user' else '') +")
+QUESTION_STOPS = NO_STOP.replace("m.content +", "m.content + (eos_token if m.role == 'user' else '') +")
 NO_PROMPT = PLAIN.replace(ASK, "")
+NO_ANSWERS = NO_PROMPT.replace(TURN, "{% if m.role == 'user' %}" + TURN + "{% endif %}")
+# Alone, " \\n" ends a text and is one token; with an answer behind it, it is two.
+HEADER_WITH_SPACE = PLAIN.replace("\\n", " \\n")
 MARKS_LAST = PLAIN.replace(HEADER, HEADER + "{% if m.role == 'user' and loop.revindex < 3 %}!{% endif %}")
 SYSTEM_IF_LONG = PLAIN.replace("{% for", "{% if messages | length > 1 %}Be brief.{% endif %}{% for", 1)
 PROMPT_WITH_SPACE = (
@@ -293,6 +297,9 @@ PROMPT_WITH_SPACE = (
 )
 TAGS_LAST = TAGGED.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}")
 TAGS_ALL = TAGGED.replace("m.role == 'assistant'", "true")
+STOP_BETWEEN_TAGS = tagged(
+    "{% generation %}{{ m.content }}{% endgeneration %} then <|im_end|>{% generation %}so<|im_end|>{% endgeneration %}"
+)
 UNSTOPPED_TAGS = tagged("{% generation %}{{ m.content }}{% endgeneration %}")
 GOES_ON = tagged("{% generation %}{{ m.content + '<|im_end|>user' }}{% endgeneration %}")
 TWO_BEGINNINGS = PLAIN.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
@@ -309,6 +316,10 @@ THOUGHT = [user("Hello"), assistant("<think>hm</think>It is 4.")]
         (NO_STOP, TWO_TURNS, r"message 1 \(assistant\): no stop token ends it .*stop tokens: <eos>.*; end the turn"),
         (QUESTION_STOPS, TWO_TURNS, r"message 1 .*no stop token ends it"),
         (QUESTION_STOPS, TWO_TURNS[:2], r"message 1 .*no stop token ends it"),
+        (QUESTION_STOPS, [*TWO_TURNS[:2], user("0")], r"message 1 .*no stop token ends it"),
+        (STOP_BETWEEN_TAGS, TWO_TURNS[:2], r"message 1 .*no stop token ends it"),
+        (NO_ANSWERS, TWO_TURNS[:2], r"message 1 .*renders nothing for it after the generation prompt"),
+        (HEADER_WITH_SPACE, TWO_TURNS, r"message 1 .*has other tokens alone, as a sampler sees it"),
         (NO_PROMPT, TWO_TURNS, r"no generation prompt, so the turn's header .*im_start.*assistant"),
         (MARKS_LAST, TWO_TURNS, r"message 1 .*not how the whole conversation begins: '.*!Hello.*' against '.*Hello"),
         (SYSTEM_IF_LONG, TWO_TURNS, r"message 1 .*not how the whole conversation begins"),
@@ -338,6 +349,21 @@ def test_a_tokenizer_without_a_template_is_refused(bpe_dir, tmp_path):
     tokenizer = load_tokenizer(TokenizerSection(path=str(tmp_path)))
     with pytest.raises(ValueError, match=r"no chat template: .*set tokenizer\.chat_template"):
         render(tokenizer, TWO_TURNS)
+
+
+def test_a_beginning_that_is_also_the_end_is_not_counted(bpe_dir, tmp_path):
+    shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["bos_token"] = config["eos_token"] = "<|im_end|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(TokenizerSection(path=str(tmp_path)))
+    assert turns(tokenizer, render(tokenizer, TWO_TURNS)) == ["Hello there.<|im_end|>", "It is 4.<|im_end|>"]
+
+
+def test_a_tagged_template_need_not_render_prompts(with_template):
+    source = TAGGED.replace(ASK, "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}")
+    tokenizer = with_template(source)
+    assert turns(tokenizer, render(tokenizer, TWO_TURNS)) == ["Hello there.<|im_end|>", "It is 4.<|im_end|>"]
 
 
 def test_sentencepiece_chats_are_masked_too(tmp_path):

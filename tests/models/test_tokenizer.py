@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from models.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
@@ -143,18 +144,32 @@ def test_a_beginning_that_the_post_processor_adds_is_not_added_twice(bpe_dir, tm
     assert tokenizer.encode("king", add_bos=False, add_eos=False).count(1) == 0
 
 
-def test_a_maximum_length_and_trimmed_spans_in_the_file_are_set_aside(bpe_dir, tmp_path):
-    from tokenizers import Tokenizer as FastTokenizer
+def trim_spans(fast):
+    fast.post_processor = processors.ByteLevel(trim_offsets=True)
 
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda fast: fast.enable_truncation(4), lambda fast: fast.enable_padding(length=99), trim_spans],
+    ids=["maximum-length", "padding", "trimmed-spans"],
+)
+def test_what_a_file_cuts_pads_or_trims_is_set_aside(bpe_dir, tmp_path, change):
     shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
     fast = FastTokenizer.from_file(str(bpe_dir / "tokenizer.json"))
-    fast.enable_truncation(4)
-    fast.post_processor = processors.ByteLevel(trim_offsets=True)
+    change(fast)
     fast.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load(tmp_path)
-    ids, spans = tokenizer.encode_with_spans(TEXTS[0])
+    ids, spans = load(tmp_path).encode_with_spans(TEXTS[0])
     assert ids == load(bpe_dir).encode(TEXTS[0], add_bos=False, add_eos=False)
     assert "".join(TEXTS[0][start:end] for start, end in spans) == TEXTS[0]
+
+
+def test_a_newline_that_was_added_by_name_ends_no_turn(bpe_dir, tmp_path):
+    shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
+    fast = FastTokenizer.from_file(str(bpe_dir / "tokenizer.json"))
+    fast.add_tokens(["\n"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n<|im_end|>{% endfor %}")
+    assert load(tmp_path).stop_ids == (2, 4)
 
 
 def test_an_end_that_the_vocabulary_lacks_is_refused_and_a_missing_beginning_is_not(bpe_dir, tmp_path):
