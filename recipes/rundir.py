@@ -31,7 +31,7 @@ from recipes.yaml_text import dump_inline
 
 # What a later attempt may change: where and how the run is stored, watched and laid over devices, and how long it
 # goes on. Everything else decides the numbers, and a run has one answer to that.
-FREE_ON_RESUME = re.compile(
+_FREE_ON_RESUME = re.compile(
     r"run\..*|logging\..*|checkpoint\..*|eval\..*|mesh\..*|data\.eval_.*|data\.num_workers_threads|data\.prefetch_buffer"
     r"|train\.(steps|on_nonfinite|shardy|loss_chunk_size)|optimizer\.(memory|shard_over_data)|model\.(remat|attention)"
 )
@@ -197,6 +197,11 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
+def may_change_on_resume(key: str) -> bool:
+    """Whether a later attempt may set a dotted key to another value than the first."""
+    return _FREE_ON_RESUME.fullmatch(key) is not None
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's text so that a reader, or a crash, sees the old text or the new, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -309,7 +314,7 @@ def _hold_to_first_recipe(run_dir: Path, recipe: Recipe) -> Mapping[str, tuple[A
         write_atomically(path, head + dump_recipe(recipe))
         return {}
     changed = changed_keys(load_recipe(str(path), []).recipe, recipe)
-    bound = {key: values for key, values in changed.items() if not FREE_ON_RESUME.fullmatch(key)}
+    bound = {key: values for key, values in changed.items() if not may_change_on_resume(key)}
     if bound:
         said = ", ".join(f"{key} ({dump_inline(old)} -> {dump_inline(new)})" for key, (old, new) in bound.items())
         raise ValueError(

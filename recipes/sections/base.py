@@ -99,7 +99,7 @@ class OnlyWhen:
 
     def holds(self, value: Any) -> bool:
         """Whether the field has an effect when `key` holds `value`."""
-        return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in self.values)
+        return value in self.values
 
     def wanted(self) -> str:
         """The values of `key` that give the field its effect, in words."""

@@ -26,8 +26,8 @@ class ModelSection(Section):
     """Which Flax module system holds the parameters; the mathematics is the same."""
     scan_layers: bool = True
     """Stack all layers' parameters and run them with a scan: compile time then does not grow with depth."""
-    param_scan_axis: Annotated[int, Field(ge=0), OnlyWhen("scan_layers", True)] = 1
-    """The axis of a stacked parameter that counts layers."""
+    param_scan_axis: Annotated[int, Field(ge=0, le=1), OnlyWhen("scan_layers", True)] = 1
+    """The axis of a stacked parameter that counts layers: 0, or 1 as MaxText has it."""
     remat: Literal["none", "full", "minimal", "save_qkv", "offload"] = "none"
     """Which activations the backward pass recomputes: full saves the most memory, none is the fastest."""
     attention: Literal["auto", "dot_product", "blocked", "flash"] = "auto"

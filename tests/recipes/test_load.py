@@ -338,6 +338,8 @@ def test_setting_without_effect_in_the_mode_of_its_own_or_an_earlier_layer_is_an
 def test_default_written_out_is_accepted_in_any_mode_and_noted_nowhere(write):
     loaded = load_recipe(write("a.yaml", HEAD + "optimizer: {muon_beta: 0.95, momentum: null}\n"), [])
     assert loaded.recipe == load_recipe(write("b.yaml", HEAD), []).recipe and not loaded.notes
+    write("c.yaml", HEAD + "optimizer: {name: muon, muon_beta: 0.95}\n")
+    assert not load_recipe("c.yaml", ["optimizer.name=adamw"]).notes
 
 
 def test_loading_changes_no_environment_and_no_working_folder(write, tmp_path):

@@ -88,6 +88,14 @@ def test_versions_are_those_of_the_installed_packages():
     assert "not-a-package" not in versions
 
 
+def commit_file(folder):
+    """Makes a folder a repository with one committed file."""
+    (folder / "file").write_text("1")
+    for arguments in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "x"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True)
+
+
 def test_git_state_is_the_checkouts_commit():
     state = git_state()
     if not (ROOT / ".git").exists():
@@ -98,7 +106,8 @@ def test_git_state_is_the_checkouts_commit():
 
 
 def test_git_state_of_an_installed_package_inside_a_foreign_repository_is_none(tmp_path, monkeypatch):
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    commit_file(tmp_path)
+    (tmp_path / "env" / "recipes").mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "env" / "recipes" / "provenance.py"))
     assert git_state() is None
 
@@ -109,15 +118,7 @@ def test_missing_git_is_no_error(monkeypatch):
 
 
 def test_dirty_follows_the_working_tree(tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(
-            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True
-        )
-
-    git("init", "-q")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-q", "-m", "x")
+    commit_file(tmp_path)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "recipes" / "provenance.py"))
     assert git_state()["dirty"] is False
     (tmp_path / "file").write_text("2")

@@ -312,6 +312,10 @@ def test_effective_values_leave_out_exactly_what_the_modes_ignore_and_load_to_an
 def test_recipe_hash_depends_on_values_alone():
     assert recipe_hash(pretrain()) == recipe_hash(pretrain(train={"steps": 10}, optimizer={"muon_beta": 0.95}))
     assert recipe_hash(pretrain()) != recipe_hash(pretrain(train={"steps": 11}))
+    one, other = ({"num_layers": 1, "mlp_dim": 8}, {"mlp_dim": 8, "num_layers": 1})
+    assert recipe_hash(pretrain(model={"preset": "x", "overrides": one})) == recipe_hash(
+        pretrain(model={"preset": "x", "overrides": other})
+    )
     # An int and a float of one value are one setting, however they were written.
     assert recipe_hash(pretrain(train={"per_device_batch_size": 4})) == recipe_hash(
         pretrain(train={"per_device_batch_size": 4.0})
