@@ -7,7 +7,6 @@ import platform
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,8 +146,3 @@ def _names_secret(key: str) -> bool:
     """Whether the last word of a key says that its value is secret: `hub.token` does, `tokenizer.path` does not."""
     words = re.findall(r"[a-z0-9]+", key.lower())
     return bool(words) and _SECRET_WORD.search(words[-1]) is not None
-
-
-def command_line() -> list[str]:
-    """This process's own command line, as `attempt_record` wants it."""
-    return list(sys.argv)
