@@ -1,7 +1,8 @@
 """Both frameworks behind one functional face: parameters in, arrays out.
 
-Parameters are nested dicts in Linen's naming (`decoder/layers/...` or `decoder/layers_0/...`) whichever framework runs, so
-trainers, optimizers and sharding are written once; NNX state is made from them inside the traced function, which is free.
+Parameters are nested dicts in Linen's naming (`decoder/layers/...` or `decoder/layers_0/...`) whichever framework runs,
+so trainers, optimizers and sharding are written once; NNX state is made from them inside the traced function, which is
+free.
 """
 
 from dataclasses import dataclass

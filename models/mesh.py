@@ -43,7 +43,9 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
     chosen = list(jax.devices() if devices is None else devices)
     if section.num_devices is not None:
         if section.num_devices > len(chosen):
-            raise ValueError(f"mesh.num_devices={section.num_devices}: only {len(chosen)} devices are visible; lower it")
+            raise ValueError(
+                f"mesh.num_devices={section.num_devices}: only {len(chosen)} devices are visible; lower it"
+            )
         chosen = chosen[: section.num_devices]
     shape = mesh_shape(section, len(chosen))
     return Mesh(np.array(chosen).reshape([shape[axis] for axis in MESH_AXES]), MESH_AXES)

@@ -124,9 +124,7 @@ class LayerNormNames:
 def layer_norm_names(config: TransformerConfig) -> LayerNormNames:
     """The names that MaxText gives the norms of a layer of this family."""
     if config.sandwich_norms:
-        return LayerNormNames(
-            "pre_self_attention_norm", "post_self_attention_norm", "pre_ffw_norm", "post_ffw_norm"
-        )
+        return LayerNormNames("pre_self_attention_norm", "post_self_attention_norm", "pre_ffw_norm", "post_ffw_norm")
     if config.family == "gpt3":
         return LayerNormNames("pre_self_attention_norm", None, None, None)
     return LayerNormNames("pre_self_attention_layer_norm", None, "post_self_attention_layer_norm", None)
@@ -143,7 +141,7 @@ def layer_specs(config: TransformerConfig) -> SpecTree:
 def embedding_specs(config: TransformerConfig) -> SpecTree:
     """The token table [V,D].
 
-    A tied table is also the output head: its spread D**-0.5 makes the first loss ln(V) + 1/2. gpt3 keeps 1, as published.
+    A tied table is also the output head: its spread D**-0.5 makes the first loss ln(V) + 1/2. gpt3 keeps 1.
     """
     stddev = config.embed_dim**-0.5 if config.tied_embeddings and config.family != "gpt3" else 1.0
     return {"embedding": ParamSpec((config.vocab_size, config.embed_dim), ("vocab", "embed"), stddev)}

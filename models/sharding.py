@@ -40,8 +40,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """Maps logical axes to a partition of `mesh`.
 
-    A mesh axis serves one dimension only, the first that asks; an axis of size 1 is left out; so is one that doesn't divide
-    the dimension (with `shape` given), since a parameter then stays whole rather than padded.
+    A mesh axis serves one dimension only, the first that asks; an axis of size 1 is left out; so is one that doesn't
+    divide the dimension (with `shape` given), since a parameter then stays whole rather than padded.
     """
     taken: set[str] = set()
     entries: list[tuple[str, ...] | None] = []

@@ -19,6 +19,7 @@ import typer
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
 
 USER_ERROR = 2
+SYSTEM_ERROR = 1
 INTERRUPTED = 130
 PACKAGES = ("models", "posttrain", "pretrain", "recipes", "rewards")
 # The class of all mistakes on a command line; typer names it only as an ancestor of its own errors.
@@ -111,6 +112,34 @@ def show(
         style = {DEFAULT: "dim", OVERRIDE: "bold yellow", "": "dim italic" if is_comment else "cyan"}.get(line.origin)
         text, origin = line.text, str(line).removeprefix(line.text)
         console.print(Text.assemble((text, style or "bold"), (origin, "dim")))
+
+
+@recipe_verb("pretrain")
+def pretrain(loaded: LoadedRecipe) -> None:
+    """Train a model on text, from random weights or a checkpoint.
+
+    Exit codes: 0 done, 1 a save failed, 2 a mistake in the recipe, 3 the loss was not finite, 75 interrupted and
+    saved (the same command with run.resume=must goes on).
+    """
+    from posttrain.process import start_process
+    from pretrain.guard import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted, NonFiniteError
+    from pretrain.trainer import run
+
+    start_process()
+    try:
+        result = run(loaded, sys.argv)
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except NonFiniteError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(EXIT_NOT_FINITE) from None
+    except OSError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(SYSTEM_ERROR) from None
+    print(
+        f"{result.run_dir}: {result.completed_steps} steps completed, loss {result.metrics.get('learning/loss', 0):.4f}"
+    )
 
 
 def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:

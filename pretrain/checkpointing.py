@@ -85,8 +85,8 @@ def own_data_state(stored: dict[str, Any], path: Path) -> dict[str, Any]:
     hosts = stored["hosts"]
     if len(hosts) != jax.process_count():
         raise ValueError(
-            f"{path}: written by {len(hosts)} hosts, resumed by {jax.process_count()}: each host reads its own share of the "
-            "documents, so the order would change; resume with the same number of hosts"
+            f"{path}: written by {len(hosts)} hosts, resumed by {jax.process_count()}: each host reads its own share "
+            "of the documents, so the order would change; resume with the same number of hosts"
         )
     return hosts[jax.process_index()]
 
@@ -129,6 +129,6 @@ def require_same_model(info: RunInfo, identity: Identity, step_dir: Path) -> Non
     ]
     if differing:
         raise ValueError(
-            f"{step_dir}: holds another model than the recipe; resume with the run's own recipe, or start a new run from "
-            "these weights with model.load_parameters_path:\n  " + "\n  ".join(differing)
+            f"{step_dir}: holds another model than the recipe; resume with the run's own recipe, or start a new "
+            "run from these weights with model.load_parameters_path:\n  " + "\n  ".join(differing)
         )

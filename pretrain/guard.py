@@ -12,18 +12,16 @@ from pretrain.data.batch import FIELD_NAMES, TokenBatch
 
 EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM or SIGINT: the state is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+EXIT_NOT_FINITE = 3
+"""Exit code where the loss or a gradient was not finite and train.on_nonfinite=stop."""
 
 
 class NonFiniteError(FloatingPointError):
     """The loss or its gradient is not a number, and the recipe says stop."""
 
 
-class Interrupted(SystemExit):
+class Interrupted(Exception):
     """The run was asked to end; its state is saved."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(EXIT_INTERRUPTED)
-        self.message = message
 
 
 class StopRequest:

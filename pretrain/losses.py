@@ -10,6 +10,7 @@ from models.functional import FunctionalModel, Params
 from models.ops.head import HeadParams, output_logits
 from models.ops.vocab import LossSum, cross_entropy_sum
 from pretrain.data.batch import TokenBatch
+from pretrain.optimizers import stop_frozen_gradients
 
 LossFn = Callable[[Params, TokenBatch, jax.Array | None], LossSum]
 """(parameters, batch, dropout key or None) -> sums over the batch's tokens."""
@@ -22,13 +23,14 @@ def head_function(model: FunctionalModel) -> Callable[[HeadParams, jax.Array], j
     )
 
 
-def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int) -> LossFn:
+def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int, trainable: frozenset[str] | None) -> LossFn:
     """Cross entropy of the targets whose segment isn't padding, plus z_loss * logsumexp^2 a token.
 
     Args:
         model: the transformer.
         z_loss: coefficient of the z term.
         chunk_size: tokens whose logits exist at a time, over all devices.
+        trainable: names of the parameters to differentiate; None is all.
 
     Returns:
         A function of parameters, batch and dropout key (None: dropout off) that gives un-normalised sums.
@@ -36,6 +38,8 @@ def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int) -> L
     head_fn = head_function(model)
 
     def loss_fn(params: Params, batch: TokenBatch, dropout_key: jax.Array | None) -> LossSum:
+        if trainable is not None:
+            params = stop_frozen_gradients(params, trainable)
         hidden, _ = model.hidden_states(
             params,
             batch.inputs,

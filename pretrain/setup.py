@@ -18,7 +18,7 @@ from pretrain.batching import BatchPlan, check_divisible, plan_batch
 from pretrain.data.build import make_eval_iterator, make_train_iterator
 from pretrain.data.iterators import BatchIterator, EvalIterator
 from pretrain.losses import LossFn, make_loss_fn
-from pretrain.optimizers import make_optimizer
+from pretrain.optimizers import make_optimizer, trainable_paths
 from pretrain.schedules import make_schedule
 from pretrain.state import StateShardings, TrainState, abstract_state, state_shardings
 from recipes.schema import PretrainRecipe
@@ -62,8 +62,8 @@ def check_lengths(recipe: PretrainRecipe, config: TransformerConfig) -> None:
     """Raises ValueError where rows are longer than the model's positions."""
     if recipe.data.sequence_length > config.max_position:
         raise ValueError(
-            f"data.sequence_length={recipe.data.sequence_length}: the model has positions for {config.max_position} tokens; "
-            "shorten the rows or raise model.overrides.max_position"
+            f"data.sequence_length={recipe.data.sequence_length}: the model has positions for {config.max_position} "
+            "tokens; shorten the rows or raise model.overrides.max_position"
         )
 
 
@@ -96,10 +96,13 @@ def prepare(recipe: PretrainRecipe) -> Setup:
     train_iterator, eval_iterator = _iterators(recipe, config, plan, eval_plan)
     model = FunctionalModel(config, recipe.model)
     schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=train.steps)
-    paths = param_specs(config, scan_layers=recipe.model.scan_layers, param_scan_axis=recipe.model.param_scan_axis)
-    tx = make_optimizer(recipe.optimizer, schedule, ["/".join(path) for path, _ in flatten(paths)])
+    specs = param_specs(config, scan_layers=recipe.model.scan_layers, param_scan_axis=recipe.model.param_scan_axis)
+    axes = {"/".join(path): spec.axes for path, spec in flatten(specs)}
+    tx = make_optimizer(recipe.optimizer, schedule, axes)
     abstract = abstract_state(model, tx)
     shardings = state_shardings(model, tx, abstract, mesh, rules, recipe.optimizer)
+    patterns = recipe.optimizer.trainable
+    trainable = trainable_paths(patterns, axes) if patterns else None
     chunk = train.loss_chunk_size
     if chunk is None:
         tokens = plan.rows_per_microbatch * recipe.data.sequence_length
@@ -118,7 +121,7 @@ def prepare(recipe: PretrainRecipe) -> Setup:
         tx=tx,
         abstract=abstract,
         shardings=shardings,
-        loss_fn=make_loss_fn(model, z_loss=train.z_loss, chunk_size=chunk),
+        loss_fn=make_loss_fn(model, z_loss=train.z_loss, chunk_size=chunk, trainable=trainable),
     )
 
 

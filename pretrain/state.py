@@ -79,12 +79,20 @@ def state_shardings(
     params, update = shard(rules), shard(finer)
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def like_parameter(leaf: Any, sharding: NamedSharding, param: jax.ShapeDtypeStruct) -> NamedSharding:
+    def like_parameter(leaf: Any, sharding: NamedSharding, param: jax.ShapeDtypeStruct) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
         # Factored moments (Adafactor) have other shapes than their parameter and stay whole.
         return sharding if leaf.shape == param.shape else whole
 
     moments = optax.tree.map_params(
-        tx, like_parameter, abstract.opt_state, update, abstract.params, transform_non_params=lambda _: whole
+        tx,
+        like_parameter,
+        abstract.opt_state,
+        update,
+        abstract.params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     resting = moments
     if section.memory == "pinned_host":

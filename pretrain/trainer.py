@@ -6,8 +6,8 @@
                     now and then: evaluate, save, log
 
 The same loop runs Linen and NNX: both are pure functions of one parameter tree (models.functional). All randomness is
-derived from (seed, step), and a checkpoint carries the data position, so a resumed run is the uninterrupted one, bit for
-bit. Metrics are read one step late, so that the host prepares a step while the device computes the one before.
+derived from (seed, step), and a checkpoint carries the data position, so a resumed run is the uninterrupted one, bit
+for bit. Metrics are read one step late, so that the host prepares a step while the device computes the one before.
 """
 
 import logging
@@ -148,7 +148,7 @@ class Pretrainer:
         return state
 
     def _train(self, state: TrainState, start: int, manager: CheckpointManager | None, stop: StopRequest) -> TrainState:
-        recipe, setup = self.recipe, self.setup
+        recipe = self.recipe
         total = recipe.train.steps
         proceed = jnp.asarray(True)
         pending: tuple[int, Metrics, TokenBatch] | None = None
@@ -196,9 +196,7 @@ class Pretrainer:
                     f"data.num_epochs={self.recipe.data.num_epochs}: the data ends before step {done} of train.steps="
                     f"{self.recipe.train.steps}; lower train.steps or raise data.num_epochs"
                 ) from None
-            rows = padding_batch(
-                self.setup.plan.rows_loaded // jax.process_count(), self.recipe.data.sequence_length
-            )
+            rows = padding_batch(self.setup.plan.rows_loaded // jax.process_count(), self.recipe.data.sequence_length)
         return place(rows, self.setup.batch_sharding)
 
     def _report(self, done: int, metrics: Metrics, batch: TokenBatch) -> None:
@@ -216,8 +214,8 @@ class Pretrainer:
                 self.writer.write(done, row)
                 raise NonFiniteError(
                     f"step {done}: learning/loss={values['learning/loss']}, learning/raw_grad_norm="
-                    f"{values.get('learning/raw_grad_norm')}: not finite, so the update was refused; the batch is in {path}; "
-                    "lower optimizer.learning_rate, or set train.on_nonfinite=skip to pass over such batches"
+                    f"{values.get('learning/raw_grad_norm')}: not finite, so the update was refused; the batch "
+                    f"is in {path}; lower optimizer.learning_rate, or set train.on_nonfinite=skip to pass over such batches"
                 )
             logger.warning("step %d: not finite; the update was skipped and its batch saved to %s", done, path)
         self.last_row = row
@@ -248,7 +246,7 @@ class Pretrainer:
         if totals.text_bytes and totals.target_tokens == round(weights):
             row["evaluation/bits_per_byte"] = totals.bits_per_byte(loss_sum - z_sum)
         self.writer.write(done, row)
-        return 0.0 < section.target_loss and loss <= section.target_loss
+        return section.target_loss > 0.0 and loss <= section.target_loss
 
     def _save(self, manager: CheckpointManager, state: TrainState, done: int, *, blocking: bool) -> None:
         data_state = gather_data_state(self.setup.train_iterator.get_state())

@@ -34,7 +34,7 @@ class Placement:
 
 
 def find_step_dir(path: Path) -> Path:
-    """The step folder that a user means: a step, its `items`, a `checkpoints` folder or a run (the newest step of those).
+    """The step folder that a user means: a step, its `items`, a `checkpoints` folder or a run (the newest of those).
 
     Raises:
         ValueError: there is no checkpoint of ours at `path`.
@@ -49,8 +49,8 @@ def find_step_dir(path: Path) -> Path:
             return root / str(steps[-1])
     state = "has no run.json with our format marker" if path.exists() else "does not exist"
     raise ValueError(
-        f"model.load_parameters_path={path}: {state}: a checkpoint is a run, its checkpoints folder, a step folder or its "
-        "items; correct the path"
+        f"model.load_parameters_path={path}: {state}: a checkpoint is a run, its checkpoints folder, a step "
+        "folder or its items; correct the path"
     )
 
 
@@ -69,8 +69,8 @@ def load_params(path: str | Path, model: FunctionalModel, placement: Placement, 
         The parameters as `model` takes them.
 
     Raises:
-        ValueError: the checkpoint is damaged, holds another architecture, lacks or exceeds a leaf, or holds a value that is
-            not finite; each is named.
+        ValueError: the checkpoint is damaged, holds another architecture, lacks or exceeds a leaf, or holds a value
+            that is not finite; each is named.
     """
     step_dir = find_step_dir(Path(path).expanduser())
     problems = manager.step_problems(step_dir, verify)
@@ -137,12 +137,14 @@ def require_same_architecture(info: RunInfo, config: TransformerConfig, step_dir
 def require_finite(params: Params, where: Path) -> None:
     """Raises ValueError naming each leaf that holds a NaN or an infinity."""
     leaves = dict(flatten(params))
-    finite = jax.device_get(jax.jit(lambda tree: {key: jnp.isfinite(leaf).all() for key, leaf in tree.items()})(
-        {"/".join(path): leaf for path, leaf in leaves.items()}
-    ))
+    finite = jax.device_get(
+        jax.jit(lambda tree: {key: jnp.isfinite(leaf).all() for key, leaf in tree.items()})(
+            {"/".join(path): leaf for path, leaf in leaves.items()}
+        )
+    )
     bad = [name for name, value in finite.items() if not value]
     if bad:
         raise ValueError(
-            f"{where}: {len(bad)} parameters hold values that are not finite: training from them gives NaN; use another "
-            "checkpoint:\n  " + "\n  ".join(bad)
+            f"{where}: {len(bad)} parameters hold values that are not finite: training from them gives NaN; use "
+            "another checkpoint:\n  " + "\n  ".join(bad)
         )

@@ -13,9 +13,7 @@ from recipes.schema import ModelSection
 class Norm(nnx.Module):
     """RMS norm, or layer norm where the specs list a bias."""
 
-    def __init__(
-        self, specs: SpecTree, config: TransformerConfig, *, options: ModelSection, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, specs: SpecTree, config: TransformerConfig, *, options: ModelSection, rngs: nnx.Rngs) -> None:
         dtype = jnp.dtype(options.param_dtype)
         self.scale = nnx.Param(specs["scale"].initialize(rngs.params(), dtype))
         self.bias = nnx.Param(specs["bias"].initialize(rngs.params(), dtype)) if "bias" in specs else None

@@ -58,7 +58,8 @@ class Transformer(nnx.Module):
             positions: position of each token in its document; None counts along the row.
             cache: what earlier tokens left; the new ones stand behind each slot's length.
             attention_mask: replaces causality, segments and windows.
-            segment_ids: the document of each token, 0 for padding; None makes one document of each row. Ignored with a cache.
+            segment_ids: the document of each token, 0 for padding; None makes one document of each row. A cache
+                ignores it.
             dropout_key: switches dropout on.
 
         Returns:

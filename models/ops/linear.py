@@ -16,7 +16,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def project(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Float[Array, "..."] | None, *, num_contract: int,
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    bias: Float[Array, "..."] | None,
+    *,
+    num_contract: int,
     dot_general: DotGeneral,
 ) -> Float[Array, "..."]:
     """Contracts the last `num_contract` axes of x with the first of the kernel, and adds the bias.

@@ -7,9 +7,7 @@ FULL_WINDOW = 1 << 30
 """A window no sequence reaches: what a full layer carries where windows are traced."""
 
 
-def causal_mask(
-    segment_ids: Int[Array, "B T"], window: int | Int[Array, ""] | None
-) -> Bool[Array, "B T T"]:
+def causal_mask(segment_ids: Int[Array, "B T"], window: int | Int[Array, ""] | None) -> Bool[Array, "B T T"]:
     """Query i sees key j when j <= i, i - j < window, both lie in one segment, and that is not padding (0).
 
     Args:
@@ -28,7 +26,7 @@ def causal_mask(
 def cache_mask(
     lengths: Int[Array, " B"], num_queries: int, num_keys: int, window: int | Int[Array, ""] | None
 ) -> Bool[Array, "B T S"]:
-    """Query t of a row that already held `lengths` tokens stands at cache index lengths + t and sees what is behind it."""
+    """Query t of a row that held `lengths` tokens stands at cache index lengths + t and sees what is behind it."""
     query = lengths[:, None] + jnp.arange(num_queries)[None, :]
     distance = query[:, :, None] - jnp.arange(num_keys)[None, None, :]
     visible = distance >= 0

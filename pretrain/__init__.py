@@ -1,0 +1,1 @@
+"""Pretraining: data pipelines, losses, optimizers, schedules, the train step and the loop."""
