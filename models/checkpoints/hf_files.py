@@ -61,7 +61,9 @@ def open_tensors(folder: Path) -> Iterator[TensorFiles]:
     """
     listed, weight_map = _listed_files(folder)
     with ExitStack() as stack:
-        handles, stored, problems = {}, {}, []
+        handles: dict[Path, Any] = {}
+        stored: dict[str, StoredTensor] = {}
+        problems: list[str] = []
         for path in listed:
             try:
                 handle = stack.enter_context(safe_open(path, framework="np"))
@@ -145,7 +147,7 @@ def write_tensors(folder: Path, tensors: Sequence[OutgoingTensor], *, dtype: str
     if len(shards) == 1:
         _write_shard(folder / SINGLE_FILE, shards[0], dtype)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / name, shard, dtype)
