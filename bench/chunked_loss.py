@@ -78,7 +78,9 @@ def main() -> None:
     print(f"the default chunk is {default} tokens")
     for name, program in programs.items():
         least, middle = 1e3 * min(seconds[name]), 1e3 * statistics.median(seconds[name])
-        megabytes = program.memory_analysis().temp_size_in_bytes / 2**20
+        analysis = program.memory_analysis()
+        assert analysis is not None, jax.default_backend()
+        megabytes = analysis.temp_size_in_bytes / 2**20
         print(f"{name:40s} least {least:8.1f} ms, median {middle:8.1f} ms, temporaries {megabytes:8.1f} MiB")
 
 

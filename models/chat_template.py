@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -156,7 +156,7 @@ def _read_marks(marked: str) -> tuple[str, list[CharSpan]]:
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`, which writes its body as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
     opening, closing = "", ""
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:

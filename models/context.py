@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from models.config import TransformerConfig
@@ -38,7 +39,7 @@ class LayerInput:
     cached_value: Float[Array, "B S K N"] | None
 
 
-def rotary_frequencies(config: TransformerConfig) -> jax.Array:
+def rotary_frequencies(config: TransformerConfig) -> Float[np.ndarray, " half"]:
     """Radians a token for each pair of a head, with Llama 3.1's scaling where configured; shape [N/2]."""
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
     if config.rope_scaling is not None:

@@ -212,7 +212,8 @@ def user_defined_ids(file: Path) -> set[int]:
 def _read_proto(file: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    # Protobuf makes the class at run time, where a type checker cannot see it.
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(file.read_bytes())
     return proto
 

@@ -30,6 +30,6 @@ def start_process() -> None:
             package.addHandler(handler)
     # Orbax warns at every save without OCDBT, which the recipe chose.
     warnings.filterwarnings("ignore", category=UserWarning, module="orbax")
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "posttrain" / "jax"))

@@ -28,6 +28,8 @@ class Identity:
     options: ModelSection
     recipe_hash: str
     seed: int
+    rows_per_step: int
+    """Rows that a step trains on, over all devices and micro-batches."""
 
     def run_info(self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None) -> dict[str, Any]:
         """The fields of `run.json`."""
@@ -42,7 +44,7 @@ class Identity:
             "wandb_run_id": wandb_run_id,
             "data_state": data_state,
             "rng": {"seed": self.seed, "step": step},
-            "extra": {},
+            "extra": {"rows_per_step": self.rows_per_step},
         }
 
 
@@ -105,17 +107,17 @@ def restore_state(
     """Restores a state that `find_resume_step` verified, straight into its shardings.
 
     Raises:
-        ValueError: if the checkpoint holds another model; the differing keys are named.
+        ValueError: if the checkpoint holds another model or batch; the differing keys are named.
     """
     info = checkpoint_manager.read_run_info(step_dir)
-    require_same_model(info, identity, step_dir)
+    require_same_run(info, identity, step_dir)
     target = abstract_items(abstract, shardings, identity.options.framework)
     items, info = checkpoint_manager.load_step(step_dir, target, only=None, cast=False, mode="quick")
     return state_from_items(items, abstract), info
 
 
-def require_same_model(info: RunInfo, identity: Identity, step_dir: Path) -> None:
-    """Raises ValueError naming the keys in which a checkpoint's model and layout differ from the recipe's."""
+def require_same_run(info: RunInfo, identity: Identity, step_dir: Path) -> None:
+    """Raises ValueError naming what differs between a checkpoint and the recipe: model, layout, rows a step."""
     wanted = identity.run_info(info.step, None, None)
     differing = [
         f"{key}: checkpoint {info.model.get(key)!r}, recipe {value!r}"
@@ -127,8 +129,14 @@ def require_same_model(info: RunInfo, identity: Identity, step_dir: Path) -> Non
         for key in ("framework", "scan_layers", "param_scan_axis")
         if getattr(info, key) != wanted[key]
     ]
+    rows = info.extra.get("rows_per_step")
+    if rows != identity.rows_per_step:
+        differing.append(
+            f"rows a step: checkpoint {rows}, recipe {identity.rows_per_step} (devices x train.per_device_batch_size x "
+            "train.gradient_accumulation_steps)"
+        )
     if differing:
         raise ValueError(
-            f"{step_dir}: holds another model than the recipe; resume with the run's own recipe, or start a new "
-            "run from these weights with model.load_parameters_path:\n  " + "\n  ".join(differing)
+            f"{step_dir}: holds another run than the recipe's; resume with the run's own recipe, or start a "
+            "new run from these weights with model.load_parameters_path:\n  " + "\n  ".join(differing)
         )

@@ -14,14 +14,18 @@ INITIALIZATION_TIMEOUT_SECONDS = 300
 def runtime(train: TrainSection, mesh: MeshSection) -> Iterator[None]:
     """Applies `train.shardy` and `train.matmul_precision`, and joins the other hosts where there are several."""
     start_distributed(mesh)
-    before = (jax.config.jax_use_shardy_partitioner, jax.config.jax_default_matmul_precision)
-    jax.config.update("jax_use_shardy_partitioner", train.shardy)
-    jax.config.update("jax_default_matmul_precision", train.matmul_precision)
+    settings = {
+        "jax_use_shardy_partitioner": train.shardy,
+        "jax_default_matmul_precision": train.matmul_precision,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_use_shardy_partitioner", before[0])
-        jax.config.update("jax_default_matmul_precision", before[1])
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def start_distributed(mesh: MeshSection) -> None:

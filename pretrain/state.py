@@ -106,11 +106,17 @@ def state_shardings(
 
 
 def init_state(
-    model: FunctionalModel, tx: optax.GradientTransformation, shardings: StateShardings, *, seed: int
+    model: FunctionalModel,
+    tx: optax.GradientTransformation,
+    shardings: StateShardings,
+    params: Params | None,
+    *,
+    seed: int,
 ) -> TrainState:
-    """Draws parameters and makes the optimizer's first state, each array in its place."""
-    init = jax.jit(model.init, out_shardings=shardings.state.params)
-    params = init(jax.random.fold_in(jax.random.key(seed), 0))
+    """The state before the first step: `params`, drawn from the seed if None, and the optimizer's first state."""
+    if params is None:
+        init = jax.jit(model.init, out_shardings=shardings.state.params)
+        params = init(jax.random.fold_in(jax.random.key(seed), 0))
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state_in_step)(params)
     return TrainState(
         jax.device_put(jnp.zeros((), jnp.int32), shardings.state.step),

@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from models.checkpoints.huggingface import import_params
 from models.checkpoints.loader import Placement, find_step_dir, load_params
 from models.checkpoints.manager import CheckpointManager
+from models.functional import Params
 from models.sharding import activation_mesh
 from pretrain.batching import place
 from pretrain.checkpointing import (
@@ -83,7 +85,8 @@ class Pretrainer:
 
     def __init__(self, recipe: PretrainRecipe, setup: Setup, attempt: Run) -> None:
         self.recipe, self.setup, self.attempt = recipe, setup, attempt
-        self.identity = Identity(setup.config, recipe.model, recipe_hash(recipe), recipe.train.seed)
+        rows = setup.plan.rows_trained * setup.plan.microbatches
+        self.identity = Identity(setup.config, recipe.model, recipe_hash(recipe), recipe.train.seed, rows)
         self.seed_key = jax.random.fold_in(jax.random.key(recipe.train.seed), 1)
         options = StepOptions(
             plan=setup.plan,
@@ -138,14 +141,28 @@ class Pretrainer:
             state, _ = restore_state(step_dir, setup.abstract, setup.shardings.state, self.identity)
             logger.info("Loaded full state from %s", section.load_full_state_path)
             return state
-        state = init_state(setup.model, setup.tx, setup.shardings, seed=self.recipe.train.seed)
+        params = self._first_params()
+        return init_state(setup.model, setup.tx, setup.shardings, params, seed=self.recipe.train.seed)
+
+    def _first_params(self) -> Params | None:
+        """The weights that the recipe names; None where it names none."""
+        setup, section = self.setup, self.recipe.model
         if section.load_parameters_path is not None:
             placement = Placement(setup.mesh, setup.rules)
-            params = load_params(
+            return load_params(
                 section.load_parameters_path, setup.model, placement, verify=self.recipe.checkpoint.verify
             )
-            state = TrainState(state.step, params, state.opt_state)
-        return state
+        if section.hf_path is None:
+            return None
+        params = import_params(
+            section.hf_path,
+            setup.config,
+            scan_layers=section.scan_layers,
+            param_scan_axis=section.param_scan_axis,
+            dtype=section.param_dtype,
+        )
+        logger.info("Loaded params from %s", section.hf_path)
+        return jax.device_put(params, setup.shardings.state.params)
 
     def _train(self, state: TrainState, start: int, manager: CheckpointManager | None, stop: StopRequest) -> TrainState:
         recipe = self.recipe
@@ -215,7 +232,8 @@ class Pretrainer:
                 raise NonFiniteError(
                     f"step {done}: learning/loss={values['learning/loss']}, learning/raw_grad_norm="
                     f"{values.get('learning/raw_grad_norm')}: not finite, so the update was refused; the batch "
-                    f"is in {path}; lower optimizer.learning_rate, or set train.on_nonfinite=skip to pass over such batches"
+                    f"is in {path}; lower optimizer.learning_rate, or set train.on_nonfinite=skip to pass over such"
+                    " batches"
                 )
             logger.warning("step %d: not finite; the update was skipped and its batch saved to %s", done, path)
         self.last_row = row
