@@ -102,21 +102,23 @@ def load_params(path: str | Path, model: FunctionalModel, placement: Placement, 
 def relayout(params: Params, info: RunInfo, model: FunctionalModel, placement: Placement) -> Params:
     """Stacks or unstacks layers as the model wants them, and casts to its parameter dtype, on the mesh."""
     options, layers = model.options, model.config.num_layers
+    dtype = jnp.dtype(options.param_dtype)
+    same = info.scan_layers == options.scan_layers and info.param_scan_axis == options.param_scan_axis
+    if same and all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
+        return params
     specs: SpecTree = param_specs(
         model.config, scan_layers=options.scan_layers, param_scan_axis=options.param_scan_axis
     )
     shardings = jax.tree.map(lambda spec: placement.sharding(spec.axes, spec.shape), specs, is_leaf=is_spec)
-    dtype = jnp.dtype(options.param_dtype)
 
     def convert(params: Params) -> Params:
-        same = info.scan_layers == options.scan_layers and info.param_scan_axis == options.param_scan_axis
         if info.scan_layers and not same:
             params = unstack_layers(params, layers, info.param_scan_axis)
         if options.scan_layers and not same:
             params = stack_layers(params, layers, options.param_scan_axis)
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
-    return jax.jit(convert, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(convert, out_shardings=shardings)(params)
 
 
 def require_same_architecture(info: RunInfo, config: TransformerConfig, step_dir: Path) -> None:
