@@ -56,13 +56,20 @@ def test_position_inside_a_closed_group_of_bins_is_kept(train, digest, corpus_fi
     assert [digest(next(straight)) for _ in range(PACKING_BINS)] == [digest(next(resumed)) for _ in range(PACKING_BINS)]
 
 
-def test_restoring_twice_or_after_use_leaves_no_trace(train, digest, corpus_file):
-    iterator = train(path=str(corpus_file), num_epochs=1)
+@pytest.mark.parametrize("packing", [True, False])
+def test_restoring_twice_or_after_use_leaves_no_trace(train, digest, corpus_file, packing):
+    # Unpacked, these are 97 rows, so that the last batch is met with the data at its end.
+    iterator = train(path=str(corpus_file), num_epochs=1, packing=packing, sequence_length=300, rows_per_batch=10)
     start = iterator.get_state()
     digests = [digest(batch) for batch in iterator]
+    end = iterator.get_state()
     for _ in range(2):
         iterator.set_state(start)
         assert [digest(batch) for batch in iterator] == digests
+    iterator.set_state(start)
+    next(iterator)
+    iterator.set_state(end)
+    assert list(iterator) == []
 
 
 def test_batches_of_another_size_continue_with_the_next_row(train, pieces_of, corpus_file):

@@ -110,9 +110,11 @@ def test_evaluation_takes_from_training_what_it_does_not_name():
     assert (other.path, other.name, other.split) == ("root", "pile:1.0.0", "train")
 
 
-def test_a_local_evaluation_file_replaces_a_hub_name():
+def test_an_evaluation_file_replaces_a_hub_name_and_the_other_way_round():
     source = eval_source(DataSection(kind="hf", name="owner/name", eval_path="held_out.jsonl"))
     assert (source.path, source.name) == ("held_out.jsonl", None)
+    source = eval_source(DataSection(kind="hf", path="train.jsonl", eval_name="owner/name", eval_split="test"))
+    assert (source.path, source.name, source.split) == (None, "owner/name", "test")
 
 
 def test_evaluation_without_data_of_its_own_is_refused():

@@ -15,6 +15,12 @@ def test_encoding_is_the_protocol_buffer_written_by_hand():
     assert decode_text(BY_HAND, "t") == "hi"
 
 
+@pytest.mark.parametrize("other", ["48ff01", "49" + "ab" * 8, "4d" + "ab" * 4, "4a020a02"])
+def test_fields_of_other_kinds_are_passed_over(other):
+    # Field 9 as a varint (255), as 8 bytes, as 4 bytes, and as 2 bytes with their length before them.
+    assert decode_text(bytes.fromhex(other) + BY_HAND, "t") == "hi"
+
+
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.text(max_size=300), min_size=1, max_size=4))
 def test_tensorflow_datasets_own_message_reads_and_writes_the_same(texts):
     tf_example = pytest.importorskip("tensorflow_datasets.proto").tf_example_pb2
