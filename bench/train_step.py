@@ -85,9 +85,7 @@ def our_step(framework: str) -> Callable[[], None]:
     """The training step that `posttrain pretrain` runs."""
     recipe = load_recipe("pretrain_tiny", [*RECIPE, f"model.framework={framework}"]).recipe
     setup = prepare(recipe)
-    options = StepOptions(
-        setup.plan, recipe.optimizer.clip_norm, skip_nonfinite=False, dropout=False, report_norms=True
-    )
+    options = StepOptions(setup.plan, recipe.optimizer.clip_norm, skip_nonfinite=False, report_norms=True)
     step = make_train_step(setup.loss_fn, setup.tx, setup.schedule, setup.shardings, options)
     jitted = jit_train_step(step, setup.shardings, setup.batch_sharding)
     batch = place(next(setup.train_iterator), setup.batch_sharding)

@@ -11,6 +11,7 @@ from models.config import TransformerConfig
 from models.inference.cache import KVCache
 from models.ops.masks import FULL_WINDOW
 from models.ops.rotary import inverse_frequencies, rotary_tables, scale_llama31
+from models.parameters import param_key
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +25,8 @@ class StepContext:
     attention_mask: Bool[Array, "B T S"] | None
     """Replaces causality, segments and windows where the caller brings a mask of its own."""
     cache_lengths: Int[Array, " B"] | None
-    dropout_key: PRNGKeyArray | None
+    noise_key: PRNGKeyArray | None
+    """Of all that the pass draws, dropout masks and the rounding of quantised gradients; None draws nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +56,7 @@ def step_context(
     segment_ids: Int[Array, "B T"] | None,
     attention_mask: Bool[Array, "B T S"] | None,
     cache: KVCache | None,
-    dropout_key: PRNGKeyArray | None,
+    noise_key: PRNGKeyArray | None,
 ) -> StepContext:
     """Gathers what the layers share; without segment ids every token belongs to one document."""
     cos = sin = None
@@ -66,8 +68,18 @@ def step_context(
         segment_ids=jnp.ones_like(positions) if segment_ids is None else segment_ids,
         attention_mask=attention_mask,
         cache_lengths=None if cache is None else cache.lengths,
-        dropout_key=dropout_key,
+        noise_key=noise_key,
     )
+
+
+def layer_noise_key(context: StepContext, layer: LayerInput) -> PRNGKeyArray | None:
+    """The key of one layer, from which `named_key` derives those of its draws; None draws nothing."""
+    return None if context.noise_key is None else jax.random.fold_in(context.noise_key, layer.index)
+
+
+def named_key(noise_key: PRNGKeyArray | None, name: str) -> PRNGKeyArray | None:
+    """The key of the one draw of a layer that has this name; None stays None."""
+    return None if noise_key is None else param_key(noise_key, (name,))
 
 
 def window_choices(config: TransformerConfig) -> tuple[int | None, ...]:

@@ -78,13 +78,13 @@ class FunctionalModel:
         attention_mask: jax.Array | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: PRNGKeyArray | None = None,
+        noise_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """All but the output head; arguments as in `models.nnx.transformer.Transformer.hidden_states`."""
         args = (tokens, positions, cache, attention_mask, segment_ids)
         if self.options.framework == "linen":
-            return self._linen.apply({"params": params}, *args, dropout_key=dropout_key, method="hidden_states")
-        return nnx_from_params(self._abstract_nnx, params).hidden_states(*args, dropout_key=dropout_key)
+            return self._linen.apply({"params": params}, *args, noise_key=noise_key, method="hidden_states")
+        return nnx_from_params(self._abstract_nnx, params).hidden_states(*args, noise_key=noise_key)
 
     def __call__(
         self,
@@ -95,13 +95,13 @@ class FunctionalModel:
         attention_mask: jax.Array | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: PRNGKeyArray | None = None,
+        noise_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T V"], KVCache | None]:
         """Logits and cache; arguments as in `models.nnx.transformer.Transformer.hidden_states`."""
         args = (tokens, positions, cache, attention_mask, segment_ids)
         if self.options.framework == "linen":
-            return self._linen.apply({"params": params}, *args, dropout_key=dropout_key)
-        return nnx_from_params(self._abstract_nnx, params)(*args, dropout_key=dropout_key)
+            return self._linen.apply({"params": params}, *args, noise_key=noise_key)
+        return nnx_from_params(self._abstract_nnx, params)(*args, noise_key=noise_key)
 
     def head(self, params: Params) -> HeadParams:
         """The output head's parameters."""

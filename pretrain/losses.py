@@ -13,7 +13,7 @@ from pretrain.data.batch import TokenBatch
 from pretrain.optimizers import stop_frozen_gradients
 
 LossFn = Callable[[Params, TokenBatch, jax.Array | None], LossSum]
-"""(parameters, batch, dropout key or None) -> sums over the batch's tokens."""
+"""(parameters, batch, noise key or None) -> sums over the batch's tokens."""
 
 
 def head_function(model: FunctionalModel) -> Callable[[HeadParams, jax.Array], jax.Array]:
@@ -33,11 +33,12 @@ def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int, trai
         trainable: names of the parameters to differentiate; None is all.
 
     Returns:
-        A function of parameters, batch and dropout key (None: dropout off) that gives un-normalised sums.
+        A function of parameters, batch and noise key (None: dropout and stochastic rounding off) that gives
+        un-normalised sums.
     """
     head_fn = head_function(model)
 
-    def loss_fn(params: Params, batch: TokenBatch, dropout_key: jax.Array | None) -> LossSum:
+    def loss_fn(params: Params, batch: TokenBatch, noise_key: jax.Array | None) -> LossSum:
         if trainable is not None:
             params = stop_frozen_gradients(params, trainable)
         hidden, _ = model.hidden_states(
@@ -45,7 +46,7 @@ def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int, trai
             batch.inputs,
             batch.inputs_position,
             segment_ids=batch.inputs_segmentation,
-            dropout_key=dropout_key,
+            noise_key=noise_key,
         )
         return cross_entropy_sum(
             head_fn,

@@ -35,7 +35,6 @@ class StepOptions:
     """Bound on the gradients' global norm; 0 for none."""
     skip_nonfinite: bool
     """Count a non-finite step as completed without an update; else the step is not completed and training stops."""
-    dropout: bool
     report_norms: bool
     """Norm metrics; off where the optimizer rests on the host, so as not to move it twice."""
 
@@ -49,7 +48,7 @@ def accumulate(
         loss_fn: gives un-normalised sums.
         params: parameters.
         batch: [rows loaded, T] fields.
-        key: for dropout; each micro-batch folds its index in. None switches dropout off.
+        key: for dropout and stochastic rounding; each micro-batch folds its index in. None switches both off.
         plan: how the rows split.
 
     Returns:
@@ -100,7 +99,7 @@ def make_train_step(
     def step(
         state: TrainState, batch: TokenBatch, seed_key: jax.Array, proceed: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(seed_key, state.step) if options.dropout else None
+        key = jax.random.fold_in(seed_key, state.step)
         sums, grads = accumulate(loss_fn, state.params, batch, key, options.plan)
         tokens = jnp.maximum(sums.weight_sum, 1.0)
         loss = sums.loss_sum / tokens

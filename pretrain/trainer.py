@@ -92,7 +92,6 @@ class Pretrainer:
             plan=setup.plan,
             clip_norm=recipe.optimizer.clip_norm,
             skip_nonfinite=recipe.train.on_nonfinite == "skip",
-            dropout=recipe.model.dropout_rate > 0.0,
             report_norms=recipe.optimizer.memory == "device",
         )
         step = make_train_step(setup.loss_fn, setup.tx, setup.schedule, setup.shardings, options)

@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.attend import CachedLayer, attend
 from models.config import TransformerConfig
-from models.context import LayerInput, StepContext
+from models.context import LayerInput, StepContext, layer_noise_key
 from models.linen.norm import Norm
 from models.linen.projection import Projection
 from models.parameters import attention_specs
@@ -31,11 +31,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
         """Attends within x [B, T, D], or to the layer's cache; returns the output and the new cache."""
+        noise_key = layer_noise_key(context, layer)
         if self.config.fused_qkv:
-            fused = self._projection("qkv_proj", 1)(x)
+            fused = self._projection("qkv_proj", 1)(x, noise_key)
             heads = [fused[:, :, i] for i in range(3)]
         else:
-            heads = [self._projection(name, 1)(x) for name in ("query", "key", "value")]
+            heads = [self._projection(name, 1)(x, noise_key) for name in ("query", "key", "value")]
         query, key, value = (
             checkpoint_name(constrain(head, "batch", "time", "activation_heads", None), name)
             for head, name in zip(heads, SAVED_PROJECTIONS, strict=True)
@@ -54,4 +55,4 @@ class Attention(nn.Module):
             static_window=self.static_window,
             implementation=self.options.attention,
         )
-        return self._projection("out", 2)(mixed), cached
+        return self._projection("out", 2)(mixed, noise_key), cached

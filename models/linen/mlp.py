@@ -4,6 +4,7 @@ import jax
 from flax import linen as nn
 
 from models.config import TransformerConfig
+from models.context import named_key
 from models.linen.norm import Norm
 from models.linen.projection import Projection
 from models.ops.linear import ACTIVATIONS, dropout
@@ -19,7 +20,7 @@ class MLP(nn.Module):
     options: ModelSection
 
     @nn.compact
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, noise_key: jax.Array | None) -> jax.Array:
         """x [B, T, D] to [B, T, D]."""
         specs = mlp_specs(self.config)
 
@@ -31,10 +32,11 @@ class MLP(nn.Module):
         if "mlp_layer_norm" in specs:
             norm = specs["mlp_layer_norm"]
             x = Norm(norm["scale"], norm.get("bias"), self.config, self.options, name="mlp_layer_norm")(x)
-        gate, *linear = [projection(name)(x) for name in mlp_names(self.config)]
+        gate, *linear = [projection(name)(x, noise_key) for name in mlp_names(self.config)]
         hidden = ACTIVATIONS[self.config.activation](gate)
         for branch in linear:
             hidden = hidden * branch
         hidden = constrain(hidden, "batch", "time", "activation_mlp")
-        hidden = dropout(hidden, dropout_key, rate=self.options.dropout_rate, broadcast_time=True)
-        return projection("wo")(hidden)
+        hidden_key = named_key(noise_key, "hidden_dropout")
+        hidden = dropout(hidden, hidden_key, rate=self.options.dropout_rate, broadcast_time=True)
+        return projection("wo")(hidden, noise_key)

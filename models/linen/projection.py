@@ -20,13 +20,13 @@ class Projection(nn.Module):
     options: ModelSection
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects x; see `models.ops.linear.project`."""
+    def __call__(self, x: jax.Array, noise_key: jax.Array | None) -> jax.Array:
+        """Projects x; see `models.ops.linear.project`, and `models.quantize.dot_general_for` for the key."""
         dtype = jnp.dtype(self.options.param_dtype)
         return project(
             x,
             self.param("kernel", self.kernel_spec.initialize, dtype),
             None if self.bias_spec is None else self.param("bias", self.bias_spec.initialize, dtype),
             num_contract=self.num_contract,
-            dot_general=dot_general_for(self.quantization),
+            dot_general=dot_general_for(self.quantization, key=noise_key, name=self.name),
         )

@@ -36,12 +36,10 @@ class Transformer(nn.Module):
         attention_mask: Bool[Array, "B T S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: PRNGKeyArray | None = None,
+        noise_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T V"], KVCache | None]:
         """Logits for every token; see `hidden_states` for the arguments."""
-        hidden, cache = self.hidden_states(
-            tokens, positions, cache, attention_mask, segment_ids, dropout_key=dropout_key
-        )
+        hidden, cache = self.hidden_states(tokens, positions, cache, attention_mask, segment_ids, noise_key=noise_key)
         return self.logits(hidden), cache
 
     def hidden_states(
@@ -52,7 +50,7 @@ class Transformer(nn.Module):
         attention_mask: Bool[Array, "B T S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: PRNGKeyArray | None = None,
+        noise_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs all but the output head; arguments and results as in the NNX twin."""
         if positions is None:
@@ -64,15 +62,15 @@ class Transformer(nn.Module):
             segment_ids=segment_ids,
             attention_mask=attention_mask,
             cache=cache,
-            dropout_key=dropout_key,
+            noise_key=noise_key,
         )
         x = self.token_embedder(tokens)
         if config.scale_embeddings:
             x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
         x = constrain(x, "batch", "time", "activation_embed")
         first, last = (None, None)
-        if dropout_key is not None:
-            first, last = (jax.random.fold_in(dropout_key, config.num_layers + i) for i in range(2))
+        if noise_key is not None:
+            first, last = (jax.random.fold_in(noise_key, config.num_layers + i) for i in range(2))
         x = dropout(x, first, rate=rate, broadcast_time=False)
         x, cached = self.decoder(x, positions, context, cache)
         x = dropout(x, last, rate=rate, broadcast_time=False)

@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.attend import CachedLayer, attend
 from models.config import TransformerConfig
-from models.context import LayerInput, StepContext
+from models.context import LayerInput, StepContext, layer_noise_key
 from models.nnx.norm import Norm
 from models.nnx.projection import Projection
 from models.parameters import attention_specs
@@ -26,7 +26,12 @@ class Attention(nnx.Module):
 
         def projection(name: str, num_contract: int) -> Projection:
             return Projection(
-                specs[name], num_contract=num_contract, quantization=options.quantization, options=options, rngs=rngs
+                specs[name],
+                name=name,
+                num_contract=num_contract,
+                quantization=options.quantization,
+                options=options,
+                rngs=rngs,
             )
 
         if config.fused_qkv:
@@ -40,11 +45,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
         """Attends within x [B, T, D], or to the layer's cache; returns the output and the new cache."""
+        noise_key = layer_noise_key(context, layer)
         if self.config.fused_qkv:
-            fused = self.qkv_proj(x)
+            fused = self.qkv_proj(x, noise_key)
             heads = [fused[:, :, i] for i in range(3)]
         else:
-            heads = [self.query(x), self.key(x), self.value(x)]
+            heads = [project(x, noise_key) for project in (self.query, self.key, self.value)]
         query, key, value = (
             checkpoint_name(constrain(head, "batch", "time", "activation_heads", None), name)
             for head, name in zip(heads, SAVED_PROJECTIONS, strict=True)
@@ -61,4 +67,4 @@ class Attention(nnx.Module):
             static_window=self.static_window,
             implementation=self.options.attention,
         )
-        return self.out(mixed), cached
+        return self.out(mixed, noise_key), cached

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.attend import CachedLayer
 from models.config import TransformerConfig
-from models.context import LayerInput, StepContext, layer_input, layer_inputs
+from models.context import LayerInput, StepContext, layer_input, layer_inputs, layer_noise_key, named_key
 from models.inference.cache import KVCache
 from models.nnx.attention import Attention
 from models.nnx.embedding import Embedding
@@ -45,11 +45,11 @@ class DecoderLayer(nnx.Module):
         """x [B, T, D] to [B, T, D], and the layer's new cache."""
         names = layer_norm_names(self.config)
         x = checkpoint_name(constrain(x, "batch", "time", "activation_embed"), LAYER_INPUT)
-        key = None if context.dropout_key is None else jax.random.fold_in(context.dropout_key, layer.index)
-        mlp_key, output_key = (None, None) if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
+        noise_key = layer_noise_key(context, layer)
         mixed, cached = self.self_attention(self._norm(names.before_attention, x), context, layer)
         x = x + self._norm(names.after_attention, mixed)
-        x = x + self._norm(names.after_mlp, self.mlp(self._norm(names.before_mlp, x), mlp_key))
+        x = x + self._norm(names.after_mlp, self.mlp(self._norm(names.before_mlp, x), noise_key))
+        output_key = named_key(noise_key, "output_dropout")
         return dropout(x, output_key, rate=self.options.dropout_rate, broadcast_time=True), cached
 
 
@@ -71,7 +71,12 @@ class Decoder(nnx.Module):
         if not config.tied_embeddings:
             # The head stays unquantised, as every recipe of quantised training keeps it.
             self.logits_dense = Projection(
-                head_specs(config), num_contract=1, quantization="none", options=options, rngs=rngs
+                head_specs(config),
+                name="logits_dense",
+                num_contract=1,
+                quantization="none",
+                options=options,
+                rngs=rngs,
             )
 
     def _stacked_layer(self, static_window: int | None, rngs: nnx.Rngs) -> DecoderLayer:

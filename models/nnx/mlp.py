@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from models.config import TransformerConfig
+from models.context import named_key
 from models.nnx.norm import Norm
 from models.nnx.projection import Projection
 from models.ops.linear import ACTIVATIONS, dropout
@@ -22,18 +23,19 @@ class MLP(nnx.Module):
             self.mlp_layer_norm = Norm(specs["mlp_layer_norm"], config, options=options, rngs=rngs)
         for name in (*mlp_names(config), "wo"):
             projection = Projection(
-                specs[name], num_contract=1, quantization=options.quantization, options=options, rngs=rngs
+                specs[name], name=name, num_contract=1, quantization=options.quantization, options=options, rngs=rngs
             )
             setattr(self, name, projection)
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, noise_key: jax.Array | None) -> jax.Array:
         """x [B, T, D] to [B, T, D]."""
         if self.config.family == "gpt3":
             x = self.mlp_layer_norm(x)
-        gate, *linear = [getattr(self, name)(x) for name in mlp_names(self.config)]
+        gate, *linear = [getattr(self, name)(x, noise_key) for name in mlp_names(self.config)]
         hidden = ACTIVATIONS[self.config.activation](gate)
         for branch in linear:
             hidden = hidden * branch
         hidden = constrain(hidden, "batch", "time", "activation_mlp")
-        hidden = dropout(hidden, dropout_key, rate=self.options.dropout_rate, broadcast_time=True)
-        return self.wo(hidden)
+        hidden_key = named_key(noise_key, "hidden_dropout")
+        hidden = dropout(hidden, hidden_key, rate=self.options.dropout_rate, broadcast_time=True)
+        return self.wo(hidden, noise_key)

@@ -18,7 +18,7 @@ from recipes.schema import ModelSection
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer; the call contract is Tunix's, plus segment ids and a dropout key."""
+    """A decoder-only transformer; the call contract is Tunix's, plus segment ids and a noise key."""
 
     def __init__(self, config: TransformerConfig, options: ModelSection, *, rngs: nnx.Rngs) -> None:
         self.config, self.options = config, options
@@ -33,12 +33,10 @@ class Transformer(nnx.Module):
         attention_mask: Bool[Array, "B T S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: PRNGKeyArray | None = None,
+        noise_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T V"], KVCache | None]:
         """Logits for every token; see `hidden_states` for the arguments."""
-        hidden, cache = self.hidden_states(
-            tokens, positions, cache, attention_mask, segment_ids, dropout_key=dropout_key
-        )
+        hidden, cache = self.hidden_states(tokens, positions, cache, attention_mask, segment_ids, noise_key=noise_key)
         return self.logits(hidden), cache
 
     def hidden_states(
@@ -49,7 +47,7 @@ class Transformer(nnx.Module):
         attention_mask: Bool[Array, "B T S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: PRNGKeyArray | None = None,
+        noise_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs all but the output head.
 
@@ -60,7 +58,7 @@ class Transformer(nnx.Module):
             attention_mask: replaces causality, segments and windows.
             segment_ids: the document of each token, 0 for padding; None makes one document of each row. A cache
                 ignores it.
-            dropout_key: switches dropout on.
+            noise_key: for dropout and the stochastic rounding of quantised gradients; None switches both off.
 
         Returns:
             The last norm's output, and the cache with T more tokens in each slot.
@@ -74,15 +72,15 @@ class Transformer(nnx.Module):
             segment_ids=segment_ids,
             attention_mask=attention_mask,
             cache=cache,
-            dropout_key=dropout_key,
+            noise_key=noise_key,
         )
         x = self.token_embedder(tokens)
         if config.scale_embeddings:
             x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
         x = constrain(x, "batch", "time", "activation_embed")
         first, last = (None, None)
-        if dropout_key is not None:
-            first, last = (jax.random.fold_in(dropout_key, config.num_layers + i) for i in range(2))
+        if noise_key is not None:
+            first, last = (jax.random.fold_in(noise_key, config.num_layers + i) for i in range(2))
         x = dropout(x, first, rate=rate, broadcast_time=False)
         x, cached = self.decoder(x, positions, context, cache)
         x = dropout(x, last, rate=rate, broadcast_time=False)

@@ -213,7 +213,7 @@ def test_each_submodule_equals_transformers_from_the_same_input(
     @jax.jit
     def run(params: Any, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = step_context(config, positions, segment_ids=None, attention_mask=None, cache=None, dropout_key=None)
+        context = step_context(config, positions, segment_ids=None, attention_mask=None, cache=None, noise_key=None)
         results = {"embedding": embedded(config, options, params, tokens)}
         for index in range(2):
             functions = submodules(config, options, params, index)

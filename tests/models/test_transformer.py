@@ -62,7 +62,7 @@ def logits_and_gradients(preset: str, options: ModelSection) -> tuple[jax.Array,
     key = jax.random.key(4) if options.dropout_rate else None
 
     def loss(params: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        logits, _ = model(params, tokens(config), POSITIONS, segment_ids=SEGMENTS, dropout_key=key)
+        logits, _ = model(params, tokens(config), POSITIONS, segment_ids=SEGMENTS, noise_key=key)
         real = jnp.where((SEGMENTS != 0)[..., None], logits, 0.0)
         return (jax.nn.log_softmax(real) * target).mean(), real
 
