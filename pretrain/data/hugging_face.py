@@ -72,7 +72,7 @@ def _hub_arguments(source: Source) -> dict[str, object]:
 
 
 def _local_arguments(source: Source) -> dict[str, object]:
-    path = Path(source.path or "")
+    path = Path(source.path or "").expanduser()
     where = f"{source.path_key}={source.path!r}"
     if path.is_dir():
         if not any(_builder(file) for file in path.rglob("*")):

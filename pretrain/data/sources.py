@@ -111,7 +111,7 @@ def resolve_files(source: Source, suffixes: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: no file matches.
     """
-    path = Path(source.path or "")
+    path = Path(source.path or "").expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():

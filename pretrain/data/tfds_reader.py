@@ -81,7 +81,7 @@ def version_folder(source: Source) -> Path:
         if value is None:
             raise ValueError(f"{key}=None: a TFDS data set is a name under a data folder; set {key}")
     name, _, version = str(source.name).partition(":")
-    parent = Path(str(source.path)) / name
+    parent = Path(str(source.path)).expanduser() / name
     prepared = sorted((p.parent for p in parent.glob("*/dataset_info.json")), key=_version_order)
     if version and parent / version in prepared:
         return parent / version

@@ -154,3 +154,9 @@ def test_text_files_without_documents_are_refused(tmp_path, name, content, messa
 def test_a_folder_without_text_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.path=.*the folder holds no file that ends in \.txt; correct the path"):
         open_documents(text_source(tmp_path))
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("one")
+    assert read(text_source("~/text.txt")) == ["one"]
