@@ -207,9 +207,9 @@ def count_params(config: TransformerConfig) -> int:
     return sum(prod(spec.shape) for _, spec in flatten(specs))
 
 
-def param_key(key: jax.Array, path: tuple[str, ...]) -> jax.Array:
-    """The key of the parameter at `path`, so that a parameter's draw does not depend on which others exist."""
-    return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+def path_number(path: tuple[str, ...]) -> int:
+    """What is folded into the key for the parameter at `path`: so no draw depends on which other parameters exist."""
+    return zlib.crc32("/".join(path).encode())
 
 
 def init_params(
@@ -224,10 +224,23 @@ def init_params(
         param_scan_axis: where the layer axis stands.
         dtype: of the parameters.
     """
-    unrolled = param_specs(config, scan_layers=False, param_scan_axis=param_scan_axis)
-    leaves = {path: spec.initialize(param_key(key, path), dtype) for path, spec in flatten(unrolled)}
-    tree = unflatten(leaves)
-    return stack_layers(tree, config.num_layers, param_scan_axis) if scan_layers else tree
+    specs = param_specs(config, scan_layers=scan_layers, param_scan_axis=param_scan_axis)
+    layer = dict(flatten(layer_specs(config)))
+
+    def draw(path: tuple[str, ...], spec: ParamSpec) -> jax.Array:
+        if not scan_layers or path[:2] != ("decoder", "layers"):
+            return spec.initialize(jax.random.fold_in(key, path_number(path)), dtype)
+        # One draw for all layers, over the keys that they have when unrolled: the same numbers, from a program that
+        # does not grow with the depth.
+        inner = path[2:]
+        single = layer[inner]
+        numbers = [path_number(("decoder", f"layers_{i}", *inner)) for i in range(config.num_layers)]
+        return jax.vmap(
+            lambda number: single.initialize(jax.random.fold_in(key, number), dtype),
+            out_axes=min(param_scan_axis, len(single.shape)),
+        )(jnp.array(numbers, jnp.uint32))
+
+    return unflatten({path: draw(path, spec) for path, spec in flatten(specs)})
 
 
 def stack_layers(params: dict[str, Any], num_layers: int, axis: int) -> dict[str, Any]:
