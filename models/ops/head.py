@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.ops.attention import soft_cap
+from models.ops.matmul import matmul
 
 HeadParams = dict[str, jax.Array]
 
@@ -31,9 +32,6 @@ def output_logits(
         softcap: Gemma 2's bound on logits, or None.
         dtype: of the logits.
     """
-    if "kernel" in params:
-        logits = hidden @ params["kernel"].astype(hidden.dtype)
-    else:
-        table = params["embedding"].astype(hidden.dtype)
-        logits = jax.lax.dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))
+    kernel = params["kernel"] if "kernel" in params else params["embedding"].T
+    logits = matmul(hidden, kernel.astype(hidden.dtype))
     return soft_cap(logits.astype(jnp.dtype(dtype)), softcap)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from models.ops.matmul import matmul
+
 DotGeneral = Callable[..., jax.Array]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,8 +37,14 @@ def project(
     Returns:
         [..., *outputs] in x's dtype.
     """
-    contract = tuple(range(x.ndim - num_contract, x.ndim)), tuple(range(num_contract))
-    out = dot_general(x, kernel.astype(x.dtype), (contract, ((), ()))).astype(x.dtype)
+    kernel = kernel.astype(x.dtype)
+    if dot_general is jax.lax.dot_general:
+        outputs = kernel.shape[num_contract:]
+        flat = x.reshape(*x.shape[: x.ndim - num_contract], -1)
+        out = matmul(flat, kernel.reshape(flat.shape[-1], -1)).reshape(*flat.shape[:-1], *outputs)
+    else:
+        contract = tuple(range(x.ndim - num_contract, x.ndim)), tuple(range(num_contract))
+        out = dot_general(x, kernel, (contract, ((), ()))).astype(x.dtype)
     return out if bias is None else out + bias.astype(x.dtype)
 
 

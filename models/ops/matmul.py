@@ -1,9 +1,9 @@
 """The weight matmul, with a backward pass that XLA's CPU backend runs at full speed.
 
-JAX's own transposition of x @ W computes dW^T = dY^T x and transposes the result. On a CPU that makes the compiler write
-dY (with whatever produced it) out in transposed order, which costs several times the product itself. Here dW = x^T dY:
-what is transposed is x, which is plain memory, and the products then run at the speed of a bare matmul. Elsewhere the two
-orders compile alike.
+JAX's own transposition of x @ W computes dW^T = dY^T x and transposes the result. On a CPU that makes the compiler
+write dY (with whatever produced it) out in transposed order, which costs several times the product itself. Here dW =
+x^T dY: what is transposed is x, which is plain memory, and the products then run at the speed of a bare matmul.
+Elsewhere the two orders compile alike.
 """
 
 import jax

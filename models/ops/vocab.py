@@ -10,7 +10,7 @@ loss reads.
 - `token_logprobs` serves losses that are any function of the log-probabilities (DPO, GRPO, distillation): cotangents
   differ by token, so the backward pass computes each chunk's logits again.
 
-The head is a pure function `head_fn(head_params, hidden_MD) -> logits_MV`, static under `jit`. It may hold the final
+The head is a pure function `head_fn(head_params, hidden_BCD) -> logits_BCV`, static under `jit`. It may hold the final
 norm, a scale and a soft cap, for all of which the gradients are exact; it must not close over traced arrays. Leaves of
 `head_params` that are not floating point (a quantised kernel) get no gradient.
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-HeadFn = Callable[[Any, Float[Array, "M D"]], Float[Array, "M V"]]
+HeadFn = Callable[[Any, Float[Array, "B C D"]], Float[Array, "B C V"]]
 
 # One chunk's float32 logits. On a CPU small chunks win, since they stay in its caches, until the matrix products
 # starve: of 32 to 4096 tokens, 128 were the best or within noise of it for vocabularies from 512 to 50304
@@ -111,7 +111,7 @@ def token_logprobs(
     chunks is float32, whatever the parameters' dtype.
 
     Args:
-        head_fn: maps (head_params, hidden_MD) to logits_MV.
+        head_fn: maps (head_params, hidden_BCD) to logits_BCV.
         head_params: pytree of the head's arrays.
         hidden_BTD: final hidden states.
         targets_BT: token ids. Ids outside the vocabulary (the filler of padding) are clamped into it: mask them out.
@@ -149,7 +149,7 @@ def cross_entropy_sum(
     forward pass and kept ([B, T, D] and the head's shape), not the logits.
 
     Args:
-        head_fn: maps (head_params, hidden_MD) to logits_MV.
+        head_fn: maps (head_params, hidden_BCD) to logits_BCV.
         head_params: pytree of the head's arrays.
         hidden_BTD: final hidden states.
         targets_BT: token ids. One outside the vocabulary makes the sums NaN, unless its weight is 0.
@@ -299,8 +299,8 @@ def _stat_dtype(hidden) -> jnp.dtype:
 
 
 def _apply_head(head_fn, head_params, hidden_BCD):
-    # Mapped over B rather than flattened to [B * C, D], so that B and C may be sharded over different mesh axes.
-    return jax.vmap(head_fn, in_axes=(None, 0))(head_params, hidden_BCD)
+    # Not flattened to [B * C, D], so that B and C may be sharded over different mesh axes.
+    return head_fn(head_params, hidden_BCD)
 
 
 def _exponentials(logits_BCV):
