@@ -208,8 +208,13 @@ def count_params(config: TransformerConfig) -> int:
 
 
 def path_number(path: tuple[str, ...]) -> int:
-    """What is folded into the key for the parameter at `path`: so no draw depends on which other parameters exist."""
+    """A number for the parameter at `path`, to fold into a key."""
     return zlib.crc32("/".join(path).encode())
+
+
+def param_key(key: jax.Array, path: tuple[str, ...]) -> jax.Array:
+    """The key of the parameter at `path`, so that a parameter's draw does not depend on which others exist."""
+    return jax.random.fold_in(key, path_number(path))
 
 
 def init_params(
@@ -229,7 +234,7 @@ def init_params(
 
     def draw(path: tuple[str, ...], spec: ParamSpec) -> jax.Array:
         if not scan_layers or path[:2] != ("decoder", "layers"):
-            return spec.initialize(jax.random.fold_in(key, path_number(path)), dtype)
+            return spec.initialize(param_key(key, path), dtype)
         # One draw for all layers, over the keys that they have when unrolled: the same numbers, from a program that
         # does not grow with the depth.
         inner = path[2:]
