@@ -10,6 +10,7 @@ derived from (seed, step), and a checkpoint carries the data position, so a resu
 for bit. Metrics are read one step late, so that the host prepares a step while the device computes the one before.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -119,6 +120,8 @@ class Pretrainer:
                 manager.wait()
         finally:
             self.setup.train_iterator.close()
+            if self.setup.eval_iterator is not None:
+                self.setup.eval_iterator.close()
             if manager is not None:
                 manager.close()
         return Result(self.attempt.dir, int(state.step), self.last_row, state)
@@ -208,16 +211,22 @@ class Pretrainer:
             rows = next(self.setup.train_iterator)
         except StopIteration:
             if jax.process_count() == 1:
-                raise ValueError(
-                    f"data.num_epochs={self.recipe.data.num_epochs}: the data ends before step {done} of train.steps="
-                    f"{self.recipe.train.steps}; lower train.steps or raise data.num_epochs"
-                ) from None
+                raise ValueError(self._data_ended(done)) from None
+            # Of several hosts each may come to its end at another step; _report stops the run when all have.
             rows = padding_batch(self.setup.plan.rows_loaded // jax.process_count(), self.recipe.data.sequence_length)
         return place(rows, self.setup.batch_sharding)
+
+    def _data_ended(self, done: int) -> str:
+        return (
+            f"data.num_epochs={self.recipe.data.num_epochs}: the data ends before step {done} of train.steps="
+            f"{self.recipe.train.steps}; lower train.steps or raise data.num_epochs"
+        )
 
     def _report(self, done: int, metrics: Metrics, batch: TokenBatch) -> None:
         """Waits for a step's metrics, writes them, and stops the run if they are not finite."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if values["learning/total_weights"] == 0.0 and jax.process_count() > 1:
+            raise ValueError(self._data_ended(done))
         finite = bool(values.pop("finite"))
         row = {**values, **self.timer.step(values["learning/total_weights"])}
         row["learning/perplexity"] = math.exp(min(values["learning/loss"], 700.0)) if finite else math.nan
@@ -245,9 +254,7 @@ class Pretrainer:
         assert iterator is not None
         iterator.reset()
         loss_sum = z_sum = weights = 0.0
-        for index, rows in enumerate(iterator):
-            if section.steps is not None and index == section.steps:
-                break
+        for rows in itertools.islice(iterator, section.steps):
             sums = jax.device_get(self.eval_step(state.params, place(rows, self.setup.batch_sharding)))
             loss_sum += float(sums.loss_sum)
             z_sum += float(sums.z_sum)
