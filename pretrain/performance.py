@@ -68,7 +68,7 @@ def peak_flops(device: jax.Device, dtype: str, given: float | None, cache: Path)
         except json.JSONDecodeError:
             known = {}
     if key not in known:
-        known[key] = measure_peak_flops(device, dtype, size=2048 if device.platform == "cpu" else 8192, repeats=5)
+        known[key] = measure_peak_flops(device, dtype, size=2048 if device.platform == "cpu" else 8192, repeats=10)
         cache.parent.mkdir(parents=True, exist_ok=True)
         aside = cache.with_suffix(f".{os.getpid()}")
         aside.write_text(json.dumps(known, indent=1))
