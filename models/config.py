@@ -23,6 +23,15 @@ class RopeScaling(BaseModel):
     high_freq_factor: PositiveFloat
     original_max_position: PositiveInt
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor}: wavelengths between the two factors are blended, so it is "
+                f"above low_freq_factor={self.low_freq_factor}; raise it"
+            )
+        return self
+
 
 class TransformerConfig(BaseModel):
     """Everything that decides the function a decoder computes, and the shapes of its parameters.
