@@ -137,9 +137,8 @@ def pretrain(loaded: LoadedRecipe) -> None:
     except OSError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(SYSTEM_ERROR) from None
-    print(
-        f"{result.run_dir}: {result.completed_steps} steps completed, loss {result.metrics.get('learning/loss', 0):.4f}"
-    )
+    loss = f", loss {result.metrics['learning/loss']:.4f}" if result.metrics else "; there was nothing left to do"
+    print(f"{result.run_dir}: {result.completed_steps} steps completed{loss}")
 
 
 def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:

@@ -38,24 +38,25 @@ def plan_batch(*, num_devices: int, per_device: float, microbatches: int, where:
         where: the recipe's key of `per_device`, for errors.
 
     Raises:
-        ValueError: if no row is left, or a fraction above one doesn't fill the devices evenly.
+        ValueError: if no row is left, or a number above one isn't whole.
     """
-    trained = int(num_devices * per_device)
+    # A product that is whole may fall just short of it in floating point, as 100 * 0.29 does.
+    trained = math.floor(num_devices * per_device + 1e-6)
     if trained < 1:
         raise ValueError(
             f"{where}={per_device}: {num_devices} devices x {per_device} rows leaves 0 rows a step; use at least "
             f"{1 / num_devices:g}"
         )
-    if per_device > 1 and trained % num_devices:
+    if per_device > 1 and per_device != int(per_device):
         raise ValueError(
-            f"{where}={per_device}: {trained} rows don't split over {num_devices} devices; use a whole number, or a "
-            "fraction below 1"
+            f"{where}={per_device}: a device holds whole rows, so only a number below 1 may be a fraction; use "
+            f"{int(per_device)} or {int(per_device) + 1}"
         )
     loaded = num_devices * max(1, int(per_device))
     return BatchPlan(microbatches, loaded * microbatches, trained)
 
 
-def check_divisible(plan: BatchPlan, mesh: Mesh, rules: Rules, *, sequence_length: int, num_hosts: int) -> None:
+def check_divisible(plan: BatchPlan, mesh: Mesh, rules: Rules, *, sequence_length: int) -> None:
     """Refuses a batch that the mesh can't split.
 
     Raises:
@@ -72,17 +73,48 @@ def check_divisible(plan: BatchPlan, mesh: Mesh, rules: Rules, *, sequence_lengt
         raise ValueError(
             f"data.sequence_length={sequence_length}: not divisible by mesh.context={ways['time']}; change one of them"
         )
-    if plan.rows_loaded % num_hosts:
+
+
+@dataclass(frozen=True)
+class HostShare:
+    """Which part of a batch's rows a host reads: the `index`-th of `count` equal parts."""
+
+    index: int
+    count: int
+
+
+def host_share(sharding: NamedSharding, rows: int, sequence_length: int) -> HostShare:
+    """This host's part of [rows, sequence_length] arrays.
+
+    Hosts whose devices hold the same rows (a tensor or context axis runs across them) have the same part, and read the
+    same documents.
+
+    Raises:
+        ValueError: if parts overlap without being equal, so that hosts could not each read their own.
+    """
+    held: dict[int, set[tuple[int, int, int]]] = {}
+    for device, (row_slice, _) in sharding.devices_indices_map((rows, sequence_length)).items():
+        assert isinstance(device, jax.Device)
+        held.setdefault(device.process_index, set()).add(row_slice.indices(rows))
+    parts = sorted({tuple(sorted(slices)) for slices in held.values()})
+    if sum(stop - start for part in parts for start, stop, _ in part) != rows:
         raise ValueError(
-            f"train.per_device_batch_size: {plan.rows_loaded} rows a step don't split over {num_hosts} hosts; change it"
+            f"mesh: {dict(sharding.mesh.shape)} over {len(held)} hosts: hosts share some of their rows but not all, so "
+            "none can read its own; let mesh.tensor and mesh.context fit within a host, or span whole hosts"
         )
+    return HostShare(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts))
 
 
-def place(batch: TokenBatch, sharding: NamedSharding) -> TokenBatch:
-    """Makes global arrays of a host's rows (numpy, [rows / hosts, T] each)."""
+def place(batch: TokenBatch, sharding: NamedSharding, share: HostShare) -> TokenBatch:
+    """Makes global arrays of a host's rows (numpy, [rows / share.count, T] each)."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+    def globally(own: np.ndarray) -> jax.Array:
+        shape = (own.shape[0] * share.count, own.shape[1])
+        return jax.make_array_from_process_local_data(sharding, own, shape)
+
+    return jax.tree.map(globally, batch)
 
 
 def split_microbatches(batch: TokenBatch, plan: BatchPlan) -> TokenBatch:

@@ -1,7 +1,6 @@
 """A training state to and from a run's checkpoint folder."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +11,11 @@ from models.checkpoints import manager as checkpoint_manager
 from models.checkpoints import store
 from models.checkpoints.layouts import from_disk, optimizer_from_dict, to_disk
 from models.checkpoints.manager import CheckpointManager
-from models.checkpoints.run_info import FORMAT, RunInfo
+from models.checkpoints.manifest import Mode
+from models.checkpoints.run_info import FORMAT, RunInfo, read_run_info
 from models.config import TransformerConfig
 from pretrain.state import TrainState
 from recipes.schema import CheckpointSection, ModelSection
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,9 @@ class Identity:
     rows_per_step: int
     """Rows that a step trains on, over all devices and micro-batches."""
 
-    def run_info(self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None) -> dict[str, Any]:
+    def run_info(
+        self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None, *, skipped_steps: int
+    ) -> dict[str, Any]:
         """The fields of `run.json`."""
         return {
             "format": FORMAT,
@@ -44,7 +44,7 @@ class Identity:
             "wandb_run_id": wandb_run_id,
             "data_state": data_state,
             "rng": {"seed": self.seed, "step": step},
-            "extra": {"rows_per_step": self.rows_per_step},
+            "extra": {"rows_per_step": self.rows_per_step, "skipped_steps": skipped_steps},
         }
 
 
@@ -93,32 +93,47 @@ def own_data_state(stored: dict[str, Any], path: Path) -> dict[str, Any]:
     return hosts[jax.process_index()]
 
 
-def find_resume_step(folder: Path, section: CheckpointSection) -> int | None:
-    """The newest verified step of a run, or None; says which steps it passed over and why."""
-    step, skipped = checkpoint_manager.latest_verified(folder, section.verify)
-    for number, problems in skipped:
-        logger.warning("%s: passed over: %s", folder / str(number), "; ".join(problems))
+def find_resume_step(folder: Path, verify: Mode) -> int | None:
+    """The newest verified step of a run; None where it has no steps.
+
+    Raises:
+        ValueError: it has steps, and each is damaged: to start anew would be to give them up without a word.
+    """
+    step, damaged = checkpoint_manager.latest_verified(folder, verify)
+    if step is None and damaged:
+        problems = "".join(f"\n  {folder / str(number)}: {'; '.join(problems)}" for number, problems in damaged)
+        raise ValueError(
+            f"{folder}: all {len(damaged)} checkpoints are damaged: nothing can be resumed; restore one of them, or "
+            f"choose another run.dir to start anew:{problems}"
+        )
     return step
 
 
 def restore_state(
-    step_dir: Path, abstract: TrainState, shardings: TrainState, identity: Identity
+    step_dir: Path, abstract: TrainState, shardings: TrainState, identity: Identity, *, verify: Mode
 ) -> tuple[TrainState, RunInfo]:
-    """Restores a state that `find_resume_step` verified, straight into its shardings.
+    """Restores a state straight into its shardings.
+
+    Args:
+        step_dir: the checkpoint.
+        abstract: shapes and dtypes of the state.
+        shardings: of every leaf of the state.
+        identity: the run that goes on from it.
+        verify: how thoroughly files are checked first; "quick" suffices after `find_resume_step`.
 
     Raises:
-        ValueError: if the checkpoint holds another model or batch; the differing keys are named.
+        ValueError: if the checkpoint is damaged or holds another model or batch; the differing keys are named.
     """
-    info = checkpoint_manager.read_run_info(step_dir)
+    info = read_run_info(step_dir)
     require_same_run(info, identity, step_dir)
     target = abstract_items(abstract, shardings, identity.options.framework)
-    items, info = checkpoint_manager.load_step(step_dir, target, only=None, cast=False, mode="quick")
+    items, info = checkpoint_manager.load_step(step_dir, target, only=None, cast=False, mode=verify)
     return state_from_items(items, abstract), info
 
 
 def require_same_run(info: RunInfo, identity: Identity, step_dir: Path) -> None:
     """Raises ValueError naming what differs between a checkpoint and the recipe: model, layout, rows a step."""
-    wanted = identity.run_info(info.step, None, None)
+    wanted = identity.run_info(info.step, None, None, skipped_steps=0)
     differing = [
         f"{key}: checkpoint {info.model.get(key)!r}, recipe {value!r}"
         for key, value in wanted["model"].items()

@@ -7,7 +7,9 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pretrain.data.batch import FIELD_NAMES, TokenBatch
 
@@ -19,6 +21,10 @@ EXIT_NOT_FINITE = 3
 
 class NonFiniteError(FloatingPointError):
     """The loss or its gradient is not a number, and the recipe says stop."""
+
+
+class DataEnded(ValueError):
+    """The data of all hosts ended before train.steps steps were made."""
 
 
 class Interrupted(Exception):
@@ -51,16 +57,39 @@ class StopRequest:
         signal.signal(number, self._before[number])
 
 
-def save_batch(batch: TokenBatch, path: Path) -> Path:
+class StopVote:
+    """Whether any host was asked to end, as all hosts see it after the same step.
+
+    A host that is alone answers at once. Several sum their answers on the devices and read the sum one step later, so
+    that none waits for the step it has just handed to its devices.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
+        self._cast: jax.Array | None = None
+        mesh = Mesh(np.array(jax.devices()), ("device",))
+        self._split = NamedSharding(mesh, PartitionSpec("device"))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self) -> bool:
+        """Called once a step, on every host."""
+        asked = self._request.name is not None
+        if jax.process_count() == 1:
+            return asked
+        own = np.full(jax.local_device_count(), asked)
+        before, self._cast = self._cast, self._any(jax.make_array_from_process_local_data(self._split, own))
+        return before is not None and bool(before)
+
+
+def save_batch(batch: TokenBatch, path: Path) -> None:
     """Writes this host's rows of a batch as .npz, to be looked at."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = {}
-    for name in FIELD_NAMES:
-        field = getattr(batch, name)
-        if isinstance(field, jax.Array):
-            field = np.concatenate(
-                [np.asarray(shard.data) for shard in field.addressable_shards if shard.replica_id == 0]
-            )
-        fields[name] = field
+    fields: dict[str, Any] = {name: _own_part(getattr(batch, name)) for name in FIELD_NAMES}
     np.savez_compressed(path, **fields)
-    return path
+
+
+def _own_part(field: jax.Array) -> np.ndarray:
+    """The part of a [B, T] array that this host's devices hold, pieced together from their shards."""
+    pieces = {tuple(part.start or 0 for part in shard.index): shard.data for shard in field.addressable_shards}
+    rows, columns = (sorted(set(starts)) for starts in zip(*pieces, strict=True))
+    return np.block([[np.asarray(pieces[row, column]) for column in columns] for row in rows])

@@ -1,16 +1,21 @@
 """Step times, tokens a second and model FLOP utilisation."""
 
 import json
+import logging
+import math
 import os
-import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from models.config import TransformerConfig
 from models.parameters import flatten, param_specs
+from recipes.rundir import write_atomically
+
+logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 2
 """Steps left out of throughput: the first compiles, the second may still fill caches."""
@@ -21,10 +26,7 @@ def matmul_parameters(config: TransformerConfig) -> int:
     total = 0
     for path, spec in flatten(param_specs(config, scan_layers=True, param_scan_axis=1)):
         looked_up = path[-1] == "embedding" and not (path[0] == "token_embedder" and config.tied_embeddings)
-        size = 1
-        for extent in spec.shape:
-            size *= extent
-        total += 0 if looked_up else size
+        total += 0 if looked_up else math.prod(spec.shape)
     return total
 
 
@@ -61,45 +63,50 @@ def peak_flops(device: jax.Device, dtype: str, given: float | None, cache: Path)
         return given
     share = len(jax.local_devices()) if device.platform == "cpu" else 1
     key = f"{device.device_kind} x {os.cpu_count() if device.platform == 'cpu' else 1}: {dtype}"
-    known: dict[str, float] = {}
-    if cache.is_file():
-        try:
-            known = json.loads(cache.read_text())
-        except json.JSONDecodeError:
-            known = {}
+    known = _read_peaks(cache)
     if key not in known:
         known[key] = measure_peak_flops(device, dtype, size=2048 if device.platform == "cpu" else 8192, repeats=10)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        aside = cache.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(known, indent=1))
-        aside.replace(cache)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, json.dumps(known, indent=1))
+        except OSError as error:
+            logger.warning("%s: the measured peak is not remembered: %s", cache, error)
     return known[key] / share
 
 
+def _read_peaks(cache: Path) -> dict[str, float]:
+    """What is remembered; a file that is missing or damaged remembers nothing."""
+    try:
+        known = json.loads(cache.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in known.items() if isinstance(value, float)} if isinstance(known, dict) else {}
+
+
 class StepTimer:
-    """Seconds between completed steps, warm-up left out of the summary."""
+    """Seconds between completed steps, warm-up left out."""
 
     def __init__(self, flops_per_token: int, peak: float) -> None:
         """`peak` is the sum over devices, in floating-point operations a second."""
         self._flops_per_token = flops_per_token
         self._peak = peak
-        self._last: float | None = None
+        self._last = time.perf_counter()
         self._seen = 0
-        self.seconds: list[float] = []
 
     def start(self) -> None:
         """Starts the clock, also after something that is no step (evaluation, a save)."""
         self._last = time.perf_counter()
 
-    def step(self, tokens: float) -> dict[str, float]:
-        """Ends a step of `tokens` trained tokens and returns its perf metrics; empty during warm-up."""
-        now = time.perf_counter()
-        seconds = now - (now if self._last is None else self._last)
-        self._last = now
+    def step(self, tokens: float, finished: float) -> dict[str, float]:
+        """Ends a step of `tokens` trained tokens at `finished` (`time.perf_counter`'s seconds).
+
+        Returns:
+            Its perf metrics; empty during warm-up.
+        """
+        seconds, self._last = finished - self._last, finished
         self._seen += 1
-        if self._seen <= WARMUP_STEPS or seconds <= 0.0:
+        if self._seen <= WARMUP_STEPS:
             return {}
-        self.seconds.append(seconds)
         rate = tokens / seconds
         return {
             "perf/step_seconds": seconds,
@@ -107,6 +114,30 @@ class StepTimer:
             "perf/mfu": rate * self._flops_per_token / self._peak,
         }
 
-    def median_seconds(self) -> float | None:
-        """The median step, or None before the end of warm-up."""
-        return statistics.median(self.seconds) if self.seconds else None
+
+class Trace:
+    """The profiler's trace of a span of steps. An attempt that begins within the span traces what is left of it."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
+        """`steps` are the first and the last to trace, counted from 1; None traces nothing."""
+        self._folder = folder
+        self._steps = steps
+        self._open = False
+
+    def before(self, step: int) -> None:
+        """Called before each step."""
+        if self._steps is not None and not self._open and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(self._folder)
+            self._open = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Called after each step has been handed to the devices; waits for its results where the span ends."""
+        if self._open and self._steps is not None and step == self._steps[1]:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still open, where the run ends within the span."""
+        if self._open:
+            jax.profiler.stop_trace()
+            self._open = False

@@ -1,8 +1,8 @@
 """Everything a pretraining run needs before its first step, checked before anything compiles."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -14,7 +14,7 @@ from models.ops.vocab import default_chunk_size
 from models.parameters import flatten, param_specs
 from models.sharding import DEFAULT_RULES, Rules, batch_sharding
 from models.tokenizer import load_tokenizer
-from pretrain.batching import BatchPlan, check_divisible, plan_batch
+from pretrain.batching import BatchPlan, HostShare, check_divisible, host_share, plan_batch
 from pretrain.data.build import make_eval_iterator, make_train_iterator
 from pretrain.data.iterators import BatchIterator, EvalIterator
 from pretrain.losses import LossFn, make_loss_fn
@@ -35,6 +35,7 @@ class Setup:
     plan: BatchPlan
     eval_plan: BatchPlan
     batch_sharding: NamedSharding
+    share: HostShare
     train_iterator: BatchIterator
     eval_iterator: EvalIterator | None
     schedule: optax.Schedule
@@ -42,6 +43,12 @@ class Setup:
     abstract: TrainState
     shardings: StateShardings
     loss_fn: LossFn
+
+    def close(self) -> None:
+        """Stops the threads that read data."""
+        self.train_iterator.close()
+        if self.eval_iterator is not None:
+            self.eval_iterator.close()
 
 
 def mesh_rules(overrides: dict[str, list[str]]) -> Rules:
@@ -77,7 +84,7 @@ def prepare(recipe: PretrainRecipe) -> Setup:
     check_lengths(recipe, config)
     mesh = make_mesh(recipe.mesh)
     rules = mesh_rules(dict(recipe.mesh.rules))
-    train, hosts = recipe.train, jax.process_count()
+    train = recipe.train
     plan = plan_batch(
         num_devices=mesh.size,
         per_device=train.per_device_batch_size,
@@ -92,8 +99,10 @@ def prepare(recipe: PretrainRecipe) -> Setup:
         where="train.per_device_batch_size" if eval_rows is None else "eval.per_device_batch_size",
     )
     for each in (plan, eval_plan):
-        check_divisible(each, mesh, rules, sequence_length=recipe.data.sequence_length, num_hosts=hosts)
-    train_iterator, eval_iterator = _iterators(recipe, config, plan, eval_plan)
+        check_divisible(each, mesh, rules, sequence_length=recipe.data.sequence_length)
+    sharding = batch_sharding(mesh, rules)
+    share = host_share(sharding, plan.rows_loaded, recipe.data.sequence_length)
+    train_iterator, eval_iterator = _iterators(recipe, config, plan, eval_plan, share)
     model = FunctionalModel(config, recipe.model)
     schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=train.steps)
     specs = param_specs(config, scan_layers=recipe.model.scan_layers, param_scan_axis=recipe.model.param_scan_axis)
@@ -114,7 +123,8 @@ def prepare(recipe: PretrainRecipe) -> Setup:
         rules=rules,
         plan=plan,
         eval_plan=eval_plan,
-        batch_sharding=batch_sharding(mesh, rules),
+        batch_sharding=sharding,
+        share=share,
         train_iterator=train_iterator,
         eval_iterator=eval_iterator,
         schedule=schedule,
@@ -126,20 +136,21 @@ def prepare(recipe: PretrainRecipe) -> Setup:
 
 
 def _iterators(
-    recipe: PretrainRecipe, config: TransformerConfig, plan: BatchPlan, eval_plan: BatchPlan
+    recipe: PretrainRecipe, config: TransformerConfig, plan: BatchPlan, eval_plan: BatchPlan, share: HostShare
 ) -> tuple[BatchIterator, EvalIterator | None]:
-    section, hosts = recipe.tokenizer, jax.process_count()
+    section = recipe.tokenizer
     real = recipe.data.kind != "synthetic"
     tokenizer = load_tokenizer(section) if real else None
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "add_bos": section.add_bos,
         "add_eos": section.add_eos,
-        "host_index": jax.process_index(),
-        "host_count": hosts,
+        "host_index": share.index,
+        "host_count": share.count,
     }
-    training = make_train_iterator(recipe.data, tokenizer, rows_per_batch=plan.rows_loaded // hosts, **shared)
+    training = make_train_iterator(recipe.data, tokenizer, rows_per_batch=plan.rows_loaded // share.count, **shared)
     if recipe.eval.interval == 0:
         return training, None
     # A fractional batch trains on fewer rows than it loads; evaluation reads every row, so it loads what it counts.
-    return training, make_eval_iterator(recipe.data, tokenizer, rows_per_batch=eval_plan.rows_loaded // hosts, **shared)
+    rows = eval_plan.rows_loaded // share.count
+    return training, make_eval_iterator(recipe.data, tokenizer, rows_per_batch=rows, **shared)

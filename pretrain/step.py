@@ -4,7 +4,9 @@
     loss            = sums / number of tokens        (divided once, over all micro-batches and devices)
     parameters      = optimizer(clip(gradients / number of tokens)), unless loss or gradients are not finite
 
-Because sums are divided once, micro-batches, packing and data parallelism give the gradients of one big batch.
+Because sums are divided once, micro-batches, packing and data parallelism give the gradients of one big batch. Sums
+over micro-batches are at least float32, whatever the parameters' dtype. A batch without tokens is no step: it changes
+nothing, not even the number of completed steps.
 """
 
 from collections.abc import Callable
@@ -52,7 +54,7 @@ def accumulate(
         plan: how the rows split.
 
     Returns:
-        The sums and the gradient of the summed loss, in the parameters' dtype.
+        The sums and the gradient of the summed loss, in float32 where the parameters' dtype is narrower.
     """
 
     def grads_of(micro: TokenBatch, index: jax.Array | int) -> tuple[LossSum, Params]:
@@ -63,7 +65,7 @@ def accumulate(
             return sums.loss_sum, sums
 
         (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
-        return sums, grads
+        return sums, jax.tree.map(lambda grad: grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), grads)
 
     micros = split_microbatches(batch, plan)
     if plan.microbatches == 1:
@@ -103,24 +105,27 @@ def make_train_step(
         sums, grads = accumulate(loss_fn, state.params, batch, key, options.plan)
         tokens = jnp.maximum(sums.weight_sum, 1.0)
         loss = sums.loss_sum / tokens
-        grads = jax.tree.map(lambda grad: grad / tokens.astype(grad.dtype), grads)
+        grads = jax.tree.map(lambda grad: grad / tokens, grads)
         grads = jax.lax.with_sharding_constraint(grads, shardings.update)
         grads, raw_norm = clip_by_global_norm(grads, options.clip_norm)
+        # Moments keep the parameters' dtype, and so must what the optimizer makes them of.
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(raw_norm)
-        apply = finite & proceed
+        counts = proceed & (sums.weight_sum > 0)
+        apply = finite & counts
 
         opt_state = jax.device_put(state.opt_state, shardings.opt_state_in_step)
         updates, new_opt_state = tx.update(grads, opt_state, state.params)
         new_params = optax.apply_updates(state.params, updates)
         params = _select(apply, new_params, state.params)
         opt_state = _select(apply, new_opt_state, opt_state)
-        completed = (apply | proceed) if options.skip_nonfinite else apply
+        completed = counts if options.skip_nonfinite else apply
 
         metrics: Metrics = {
             "learning/loss": loss,
             "learning/z_loss": sums.z_sum / tokens,
             "learning/total_weights": sums.weight_sum,
-            "learning/lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning/lr": jnp.asarray(schedule(_updates_made(state)), jnp.float32),
             "finite": finite,
         }
         if options.report_norms:
@@ -154,6 +159,11 @@ def make_eval_step(loss_fn: LossFn, rows: int) -> Callable[[Params, TokenBatch],
         return loss_fn(params, jax.tree.map(lambda field: field[:rows], batch), None)
 
     return step
+
+
+def _updates_made(state: TrainState) -> jax.Array:
+    """What the optimizer's schedule counts: skipped steps don't, so it may lag behind the completed steps."""
+    return optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -10,39 +10,28 @@ derived from (seed, step), and a checkpoint carries the data position, so a resu
 for bit. Metrics are read one step late, so that the host prepares a step while the device computes the one before.
 """
 
-import itertools
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
-from models.checkpoints.huggingface import import_params
-from models.checkpoints.loader import Placement, find_step_dir, load_params
 from models.checkpoints.manager import CheckpointManager
-from models.functional import Params
 from models.sharding import activation_mesh
 from pretrain.batching import place
-from pretrain.checkpointing import (
-    Identity,
-    find_resume_step,
-    gather_data_state,
-    open_manager,
-    own_data_state,
-    restore_state,
-    state_items,
-)
+from pretrain.checkpointing import Identity, gather_data_state, open_manager, state_items
 from pretrain.data.batch import TokenBatch, padding_batch
-from pretrain.guard import Interrupted, NonFiniteError, StopRequest, save_batch
-from pretrain.performance import StepTimer, peak_cache_path, peak_flops, train_flops_per_token
-from pretrain.runtime import runtime
+from pretrain.evaluate import evaluate, perplexity
+from pretrain.guard import DataEnded, Interrupted, NonFiniteError, StopRequest, StopVote, save_batch
+from pretrain.performance import StepTimer, Trace, peak_cache_path, peak_flops, train_flops_per_token
+from pretrain.runtime import require_shared_directory, runtime
 from pretrain.setup import Setup, prepare
-from pretrain.state import TrainState, init_state
+from pretrain.start import first_state
+from pretrain.state import TrainState
 from pretrain.step import Metrics, StepOptions, jit_train_step, make_eval_step, make_train_step
 from recipes.load import LoadedRecipe
 from recipes.metrics import open_metrics
@@ -74,11 +63,24 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     recipe = loaded.recipe
     assert isinstance(recipe, PretrainRecipe), recipe.kind
     with runtime(recipe.train, recipe.mesh):
+        require_shared_directory(recipe.run)
         setup = prepare(recipe)
         with create_run(recipe, argv, jax.process_index() == 0) as attempt:
             logger.info(attempt.story)
             with activation_mesh(setup.mesh, setup.rules):
                 return Pretrainer(recipe, setup, attempt).run()
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """A step that was handed to the devices, and whose metrics haven't been read."""
+
+    done: int
+    """Completed steps with it."""
+    batch: TokenBatch
+    metrics: Metrics
+    finished: float | None
+    """When it was over, where it was over at once (small steps on a CPU), in `time.perf_counter`'s seconds."""
 
 
 class Pretrainer:
@@ -102,6 +104,7 @@ class Pretrainer:
             jax.local_devices()[0], recipe.model.compute_dtype, recipe.logging.peak_flops, peak_cache_path()
         )
         self.timer = StepTimer(train_flops_per_token(setup.config), peak * setup.mesh.size)
+        self.trace = Trace(profile_dir(attempt.dir), recipe.logging.profile_steps)
         self.skipped = 0
         self.last_row: dict[str, float] = {}
 
@@ -109,134 +112,105 @@ class Pretrainer:
         """Trains to the last step; saves, evaluates and logs on the way."""
         record_devices(self.attempt, [f"{device.device_kind} {device.id}" for device in self.setup.mesh.devices.flat])
         section, total = self.recipe.checkpoint, self.recipe.train.steps
-        manager = open_manager(checkpoints_dir(self.attempt.dir), section) if section.enabled else None
+        folder = checkpoints_dir(self.attempt.dir)
+        manager = open_manager(folder, section) if section.enabled else None
         try:
-            state = self._first_state()
-            start = int(state.step)
+            self.state, self.skipped = first_state(self.recipe, self.setup, self.identity, folder)
+            start = int(self.state.step)
             self.writer = open_metrics(self.attempt, self.recipe, restored_step=start, total_steps=total)
             with self.writer, StopRequest() as stop:
-                state = self._train(state, start, manager, stop)
-            if manager is not None:
-                manager.wait()
+                self._train(start, manager, stop)
+        except DataEnded:
+            # The steps without tokens changed nothing, so the state is still that of the last step with some.
+            if manager is not None and section.on_completion and int(self.state.step) > start:
+                self._save(manager, int(self.state.step), blocking=True)
+            raise
         finally:
-            self.setup.train_iterator.close()
-            if self.setup.eval_iterator is not None:
-                self.setup.eval_iterator.close()
+            self.setup.close()
+            self.trace.close()
             if manager is not None:
                 manager.close()
-        return Result(self.attempt.dir, int(state.step), self.last_row, state)
+        return Result(self.attempt.dir, int(self.state.step), self.last_row, self.state)
 
-    def _first_state(self) -> TrainState:
-        """The newest verified checkpoint of this run, else the weights the recipe names, else random weights."""
-        setup, section = self.setup, self.recipe.model
-        folder = checkpoints_dir(self.attempt.dir)
-        found = find_resume_step(folder, self.recipe.checkpoint)
-        if found is not None:
-            step_dir = folder / str(found)
-            state, info = restore_state(step_dir, setup.abstract, setup.shardings.state, self.identity)
-            assert info.data_state is not None, step_dir
-            setup.train_iterator.set_state(own_data_state(info.data_state, step_dir))
-            logger.info("Resumed from %s: %d steps completed", step_dir, found)
-            return state
-        if section.load_full_state_path is not None:
-            step_dir = find_step_dir(Path(section.load_full_state_path))
-            state, _ = restore_state(step_dir, setup.abstract, setup.shardings.state, self.identity)
-            logger.info("Loaded full state from %s", section.load_full_state_path)
-            return state
-        params = self._first_params()
-        return init_state(setup.model, setup.tx, setup.shardings, params, seed=self.recipe.train.seed)
-
-    def _first_params(self) -> Params | None:
-        """The weights that the recipe names; None where it names none."""
-        setup, section = self.setup, self.recipe.model
-        if section.load_parameters_path is not None:
-            placement = Placement(setup.mesh, setup.rules)
-            return load_params(
-                section.load_parameters_path, setup.model, placement, verify=self.recipe.checkpoint.verify
-            )
-        if section.hf_path is None:
-            return None
-        params = import_params(
-            section.hf_path,
-            setup.config,
-            scan_layers=section.scan_layers,
-            param_scan_axis=section.param_scan_axis,
-            dtype=section.param_dtype,
-        )
-        logger.info("Loaded params from %s", section.hf_path)
-        return jax.device_put(params, setup.shardings.state.params)
-
-    def _train(self, state: TrainState, start: int, manager: CheckpointManager | None, stop: StopRequest) -> TrainState:
-        recipe = self.recipe
-        total = recipe.train.steps
+    def _train(self, start: int, manager: CheckpointManager | None, stop: StopRequest) -> None:
+        recipe, vote = self.recipe, StopVote(stop)
         proceed = jnp.asarray(True)
-        pending: tuple[int, Metrics, TokenBatch] | None = None
+        pending: Dispatched | None = None
         self.timer.start()
-        for done in range(start + 1, total + 1):
-            batch = self._next_batch(done)
-            self._start_profile(done)
-            state, metrics = self.train_step(state, batch, self.seed_key, proceed)
-            self._stop_profile(done, metrics)
+        for done in range(start + 1, recipe.train.steps + 1):
+            dispatched = self._dispatch(done, proceed)
             if recipe.train.on_nonfinite == "stop":
-                proceed = metrics["finite"]
+                proceed = dispatched.metrics["finite"]
+            evaluates, saves = self._is_due(recipe.eval.interval, done), self._is_due(recipe.checkpoint.interval, done)
+            interrupted, last = vote(), done == recipe.train.steps
             if pending is not None:
-                self._report(*pending)
-            pending = (done, metrics, batch)
-            interval = recipe.eval.interval
-            evaluates = interval > 0 and done % interval == 0
-            saves = manager is not None and recipe.checkpoint.interval > 0 and done % recipe.checkpoint.interval == 0
-            interrupted = self._should_stop(stop)
-            last = done == total
-            if evaluates or saves or interrupted or last:
-                self._report(*pending)
-                pending = None
-                reached = evaluates and self._evaluate(state, done)
-                finishes = last or reached or interrupted
-                if manager is not None and (saves or (finishes and (recipe.checkpoint.on_completion or interrupted))):
-                    self._save(manager, state, done, blocking=interrupted or not recipe.checkpoint.asynchronous)
-                if interrupted:
-                    raise Interrupted(f"{stop.name}: {self._stop_message(done, saved=manager is not None)}")
-                if reached:
-                    break
-                self.timer.start()
-        return state
+                self._report(pending)
+            pending = dispatched
+            if not (evaluates or saves or interrupted or last):
+                continue
+            self._report(pending)
+            pending = None
+            reached = evaluates and self._evaluate(done)
+            finishes = last or reached or interrupted
+            if manager is not None and (saves or (finishes and (recipe.checkpoint.on_completion or interrupted))):
+                self._save(manager, done, blocking=interrupted or not recipe.checkpoint.asynchronous)
+            if interrupted and not (last or reached):
+                raise Interrupted(self._stop_message(stop, done, saved=manager is not None))
+            if reached:
+                break
+            self.timer.start()
 
-    def _stop_message(self, done: int, *, saved: bool) -> str:
+    @staticmethod
+    def _is_due(interval: int, done: int) -> bool:
+        return interval > 0 and done % interval == 0
+
+    def _stop_message(self, stop: StopRequest, done: int, *, saved: bool) -> str:
+        asked = f"{stop.name or 'another host'}: stopped after {done} steps"
         if not saved:
-            return f"stopped after {done} steps; nothing was saved, since checkpoint.enabled=false"
-        return f"stopped after {done} steps and saved; go on with run.dir={self.attempt.dir} run.resume=must"
+            return f"{asked}; nothing was saved, since checkpoint.enabled=false"
+        return f"{asked} and saved; go on with run.dir={self.attempt.dir} run.resume=must"
 
-    def _next_batch(self, done: int) -> TokenBatch:
+    def _dispatch(self, done: int, proceed: jax.Array) -> Dispatched:
+        batch = self._next_batch()
+        self.trace.before(done)
+        self.state, metrics = self.train_step(self.state, batch, self.seed_key, proceed)
+        self.trace.after(done, metrics)
+        over = metrics["finite"].is_ready()  # type: ignore[attr-defined]
+        return Dispatched(done, batch, metrics, time.perf_counter() if over else None)
+
+    def _next_batch(self) -> TokenBatch:
+        """The next batch on the mesh; padding once this host's data has ended, until that of all hosts has."""
+        share = self.setup.share
         try:
             rows = next(self.setup.train_iterator)
         except StopIteration:
-            if jax.process_count() == 1:
-                raise ValueError(self._data_ended(done)) from None
-            # Of several hosts each may come to its end at another step; _report stops the run when all have.
-            rows = padding_batch(self.setup.plan.rows_loaded // jax.process_count(), self.recipe.data.sequence_length)
-        return place(rows, self.setup.batch_sharding)
+            rows = padding_batch(self.setup.plan.rows_loaded // share.count, self.recipe.data.sequence_length)
+        return place(rows, self.setup.batch_sharding, share)
 
-    def _data_ended(self, done: int) -> str:
-        return (
-            f"data.num_epochs={self.recipe.data.num_epochs}: the data ends before step {done} of train.steps="
-            f"{self.recipe.train.steps}; lower train.steps or raise data.num_epochs"
-        )
-
-    def _report(self, done: int, metrics: Metrics, batch: TokenBatch) -> None:
-        """Waits for a step's metrics, writes them, and stops the run if they are not finite."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if values["learning/total_weights"] == 0.0 and jax.process_count() > 1:
-            raise ValueError(self._data_ended(done))
+    def _report(self, step: Dispatched) -> None:
+        """Waits for a step's metrics, writes them, and stops the run if they are not finite or there was no data."""
+        done = step.done
+        values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        finished = time.perf_counter() if step.finished is None else step.finished
         finite = bool(values.pop("finite"))
-        row = {**values, **self.timer.step(values["learning/total_weights"])}
-        row["learning/perplexity"] = math.exp(min(values["learning/loss"], 700.0)) if finite else math.nan
+        skips = self.recipe.train.on_nonfinite == "skip"
+        if values["learning/total_weights"] == 0.0:
+            raise DataEnded(
+                f"data.num_epochs={self.recipe.data.num_epochs}: the data ended after {done - 1} of train.steps="
+                f"{self.recipe.train.steps} steps; lower train.steps, or begin a run with a higher data.num_epochs"
+            )
+        row = {**values, **self.timer.step(values["learning/total_weights"], finished)}
+        row["learning/perplexity"] = perplexity(values["learning/loss"]) if finite else math.nan
+        if skips:
+            self.skipped += not finite
+            row["guard/skipped_steps"] = self.skipped
+        self.last_row = row
+        if self._is_due(self.recipe.logging.interval, done) or done == self.recipe.train.steps or not finite:
+            self.writer.write(done, row)
         if not finite:
             path = self.attempt.dir / "nonfinite" / f"step-{done:06d}-host-{jax.process_index()}.npz"
-            save_batch(batch, path)
-            self.skipped += 1
-            row["guard/skipped_steps"] = self.skipped
-            if self.recipe.train.on_nonfinite == "stop":
-                self.writer.write(done, row)
+            save_batch(step.batch, path)
+            if not skips:
                 raise NonFiniteError(
                     f"step {done}: learning/loss={values['learning/loss']}, learning/raw_grad_norm="
                     f"{values.get('learning/raw_grad_norm')}: not finite, so the update was refused; the batch "
@@ -244,57 +218,24 @@ class Pretrainer:
                     " batches"
                 )
             logger.warning("step %d: not finite; the update was skipped and its batch saved to %s", done, path)
-        self.last_row = row
-        if done % self.recipe.logging.interval == 0 or done == self.recipe.train.steps or not finite:
-            self.writer.write(done, row)
 
-    def _evaluate(self, state: TrainState, done: int) -> bool:
+    def _evaluate(self, done: int) -> bool:
         """Writes the held-out loss; True once it reaches the recipe's target."""
-        iterator, section = self.setup.eval_iterator, self.recipe.eval
-        assert iterator is not None
-        iterator.reset()
-        loss_sum = z_sum = weights = 0.0
-        for rows in itertools.islice(iterator, section.steps):
-            sums = jax.device_get(self.eval_step(state.params, place(rows, self.setup.batch_sharding)))
-            loss_sum += float(sums.loss_sum)
-            z_sum += float(sums.z_sum)
-            weights += float(sums.weight_sum)
-        loss = loss_sum / max(weights, 1.0)
-        row = {
-            "evaluation/loss": loss,
-            "evaluation/total_loss": loss_sum,
-            "evaluation/total_weights": weights,
-            "evaluation/perplexity": math.exp(min(loss, 700.0)),
-        }
-        totals = iterator.totals
-        if totals.text_bytes and totals.target_tokens == round(weights):
-            row["evaluation/bits_per_byte"] = totals.bits_per_byte(loss_sum - z_sum)
+        setup, section = self.setup, self.recipe.eval
+        assert setup.eval_iterator is not None
+        row = evaluate(
+            self.eval_step,
+            self.state.params,
+            setup.eval_iterator,
+            lambda rows: place(rows, setup.batch_sharding, setup.share),
+            num_batches=section.steps,
+        )
         self.writer.write(done, row)
-        return section.target_loss > 0.0 and loss <= section.target_loss
+        return section.target_loss > 0.0 and row["evaluation/loss"] <= section.target_loss
 
-    def _save(self, manager: CheckpointManager, state: TrainState, done: int, *, blocking: bool) -> None:
+    def _save(self, manager: CheckpointManager, done: int, *, blocking: bool) -> None:
         data_state = gather_data_state(self.setup.train_iterator.get_state())
-        info = self.identity.run_info(done, data_state, self._wandb_run_id())
-        manager.save(done, state_items(state, self.recipe.model.framework), info, blocking=blocking)
-
-    def _wandb_run_id(self) -> str | None:
         path = wandb_id_path(self.attempt.dir)
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-    def _should_stop(self, stop: StopRequest) -> bool:
-        """Whether any host was asked to stop; all hosts get the same answer."""
-        if jax.process_count() == 1:
-            return stop.name is not None
-        flags: Any = multihost_utils.process_allgather(jnp.asarray(stop.name is not None))
-        return bool(flags.any())
-
-    def _start_profile(self, done: int) -> None:
-        steps = self.recipe.logging.profile_steps
-        if steps is not None and done == steps[0]:
-            jax.profiler.start_trace(profile_dir(self.attempt.dir))
-
-    def _stop_profile(self, done: int, metrics: Metrics) -> None:
-        steps = self.recipe.logging.profile_steps
-        if steps is not None and done == steps[1]:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
+        wandb_id = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        info = self.identity.run_info(done, data_state, wandb_id, skipped_steps=self.skipped)
+        manager.save(done, state_items(self.state, self.recipe.model.framework), info, blocking=blocking)

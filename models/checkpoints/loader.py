@@ -33,8 +33,12 @@ class Placement:
         return NamedSharding(self.mesh, partition_spec(axes, shape, self.mesh, self.rules))
 
 
-def find_step_dir(path: Path) -> Path:
+def find_step_dir(path: Path, *, where: str) -> Path:
     """The step folder that a user means: a step, its `items`, a `checkpoints` folder or a run (the newest of those).
+
+    Args:
+        path: as the user gave it.
+        where: the recipe's key, for the error.
 
     Raises:
         ValueError: there is no checkpoint of ours at `path`.
@@ -49,7 +53,7 @@ def find_step_dir(path: Path) -> Path:
             return root / str(steps[-1])
     state = "has no run.json with our format marker" if path.exists() else "does not exist"
     raise ValueError(
-        f"model.load_parameters_path={path}: {state}: a checkpoint is a run, its checkpoints folder, a step "
+        f"{where}={path}: {state}: a checkpoint is a run, its checkpoints folder, a step "
         "folder or its items; correct the path"
     )
 
@@ -72,7 +76,7 @@ def load_params(path: str | Path, model: FunctionalModel, placement: Placement, 
         ValueError: the checkpoint is damaged, holds another architecture, lacks or exceeds a leaf, or holds a value
             that is not finite; each is named.
     """
-    step_dir = find_step_dir(Path(path).expanduser())
+    step_dir = find_step_dir(Path(path).expanduser(), where="model.load_parameters_path")
     problems = manager.step_problems(step_dir, verify)
     if problems:
         raise ValueError(f"{step_dir}: is damaged and was not loaded; use another step:\n  " + "\n  ".join(problems))
