@@ -29,11 +29,11 @@ from jaxtyping import Array, Float, Int
 # The logit of a hidden key. It is finite, so that a row without any visible key meets no inf - inf.
 _HIDDEN = -1e30
 
-# Measured on two cores with 2 MiB of second-level cache each (bench/attention.py): blocks of 128 win where a tile of
-# B * H * block * block float32 numbers fits those caches and the row has at least four such blocks, so that little of
-# the work lies above the diagonal; 64 wins elsewhere; 32 and 256 never win by more than the noise.
-_LONG_BLOCK, _SHORT_BLOCK = 128, 64
-_TILE_ELEMENTS = 2**20
+# Measured on two cores with 2 MiB of second-level cache each (bench/attention.py). Large blocks win, since XLA spreads
+# a product over cores only where one entry of its batch is large, until tiles of B * H * block ** 2 numbers outgrow the
+# caches, or until a block passes a quarter of the row, when the work above the diagonal costs more than it saves.
+_MAX_BLOCK, _MIN_BLOCK = 256, 64
+_TILE_ELEMENTS = 2**21
 
 
 class _Spec(NamedTuple):
@@ -114,10 +114,12 @@ def blocked_attention(
 def pick_block(num_rows: int, length: int) -> int:
     """Returns the block length for `num_rows` = B * H attention matrices of `length` positions.
 
-    The fastest block is shortened to a multiple of 16 so that the last one carries little padding.
+    The fastest power of two is shortened to a multiple of 16 so that the last block carries little padding.
     """
-    is_long = length >= 4 * _LONG_BLOCK and num_rows * _LONG_BLOCK**2 <= _TILE_ELEMENTS
-    num_blocks = -(-length // (_LONG_BLOCK if is_long else _SHORT_BLOCK))
+    block = _MAX_BLOCK
+    while block > _MIN_BLOCK and (4 * block > length or num_rows * block**2 > _TILE_ELEMENTS):
+        block //= 2
+    num_blocks = -(-length // block)
     return -(-length // (num_blocks * 16)) * 16
 
 

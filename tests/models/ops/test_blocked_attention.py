@@ -265,9 +265,11 @@ def test_batch_and_head_shards_equal_the_whole_without_moving_activations(run_on
 @pytest.mark.parametrize(
     ("num_rows", "length", "block"),
     [
-        (64, 512, 128),  # 64 * 128^2 = 2^20 numbers a tile
-        (65, 512, 64),
-        (16, 2048, 128),
+        (64, 512, 128),  # a quarter of the row
+        (16, 2048, 256),
+        (32, 2048, 256),  # 32 * 256^2 = 2^21 numbers a tile
+        (33, 2048, 128),
+        (129, 512, 64),  # 128 * 128^2 = 2^21
         (64, 520, 112),  # ceil(520 / 128) = 5 blocks of 104, rounded up to 16: 112
         (8, 256, 64),
         (4, 20, 32),

@@ -41,19 +41,13 @@ def assert_close(got, want, segments):
         assert segments is None or not np.asarray(a)[segments == 0].any()
 
 
-def test_interpreted_splash_attention_equals_the_blocked_one(rng):
-    masks = {"segment_ids_BT": jnp.asarray(SEGMENTS), "window": 40}
-    arguments = {**masks, "scale": 0.3, "softcap": 2.0, "block_size": None}
-    inputs = make_inputs(rng)
-    got = value_and_gradients(functools.partial(tpu_attention, **arguments, interpret=True), *inputs)
-    assert_close(got, value_and_gradients(functools.partial(blocked_attention, **arguments), *inputs), SEGMENTS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("segments", "window"), [(SEGMENTS, None), (None, None), (None, 130)])
-def test_interpreted_splash_attention_equals_the_blocked_one_for_each_mask(rng, segments, window):
+@pytest.mark.parametrize(
+    ("segments", "window", "softcap", "block_size"),
+    [(SEGMENTS, 40, 2.0, None), (SEGMENTS, None, None, 128), (None, 130, None, 256)],
+)
+def test_interpreted_splash_attention_equals_the_blocked_one(rng, segments, window, softcap, block_size):
     ids = None if segments is None else jnp.asarray(segments)
-    arguments = {"segment_ids_BT": ids, "window": window, "scale": 0.3, "softcap": None, "block_size": 128}
+    arguments = {"segment_ids_BT": ids, "window": window, "scale": 0.3, "softcap": softcap, "block_size": block_size}
     inputs = make_inputs(rng)
     got = value_and_gradients(functools.partial(tpu_attention, **arguments, interpret=True), *inputs)
     assert_close(got, value_and_gradients(functools.partial(blocked_attention, **arguments), *inputs), segments)
