@@ -170,7 +170,8 @@ def int8_product(
             quantizer.numerics.noise_fn = stochastic_rounding.JaxUniform()
         quantizer.context = utils.Context(key=key, train_step=None)
     # In bfloat16 the numbers from 64 to 127 have no more than halves between them, too coarse for the noise to act on.
-    out, _ = product(lhs.astype(jnp.float32), rhs.astype(jnp.float32), None, None, dimension_numbers)
+    lhs, rhs = jnp.asarray(lhs, jnp.float32), jnp.asarray(rhs, jnp.float32)
+    out, _ = product(lhs, rhs, None, None, dimension_numbers)
     return out
 
 
