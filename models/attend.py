@@ -58,7 +58,9 @@ def attend(
             window_choices=window_choices(config),
             scale=scale,
             softcap=softcap,
-            implementation=choose_implementation(implementation),
+            implementation=choose_implementation(
+                implementation, head_dim=config.head_dim, dtype=query.dtype, softcap=softcap
+            ),
         )
         return mixed, None
     keys = write_layer(layer.cached_key, key, context.cache_lengths)

@@ -1,11 +1,13 @@
 """Scaled dot-product attention with grouped heads: the plain reference, and the choice among implementations."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.ops.blocked_attention import blocked_attention
-from models.ops.flash_attention import flash_attention
+from models.ops.flash_attention import flash_attention, unsupported_reason
 from models.ops.masks import FULL_WINDOW, causal_mask
 
 Window = int | Int[Array, ""] | None
@@ -45,11 +47,18 @@ def dot_product_attention(
     return out.reshape(B, T, H, N).astype(query.dtype)
 
 
-def choose_implementation(requested: str) -> str:
-    """Resolves "auto": the blocked form on CPU, the library's flash forms on GPU and TPU."""
+def choose_implementation(requested: str, *, head_dim: int, dtype: Any, softcap: float | None) -> str:
+    """Resolves "auto": the library's flash form where the device has one for these heads, else the blocked form."""
     if requested != "auto":
         return requested
-    return "blocked" if jax.default_backend() == "cpu" else "flash"
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return "blocked"
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    reason = unsupported_reason(
+        platform, head_dim=head_dim, dtype=dtype, softcap=softcap, compute_capability=capability
+    )
+    return "flash" if reason is None else "blocked"
 
 
 def self_attention(
