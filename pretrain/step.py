@@ -144,11 +144,12 @@ def jit_train_step(
     step: Callable[..., tuple[TrainState, Metrics]], shardings: StateShardings, batch_sharding: Any
 ) -> Callable[[TrainState, TokenBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """Compiles the step with the state donated: its memory is reused for the new state."""
+    whole = shardings.state.step
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings.state, batch_sharding, None, None),
-        out_shardings=(shardings.state, None),
+        in_shardings=(shardings.state, batch_sharding, whole, whole),
+        out_shardings=(shardings.state, whole),
     )
 
 

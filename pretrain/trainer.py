@@ -134,7 +134,8 @@ class Pretrainer:
 
     def _train(self, start: int, manager: CheckpointManager | None, stop: StopRequest) -> None:
         recipe, vote = self.recipe, StopVote(stop)
-        proceed = jnp.asarray(True)
+        # On the mesh, as the step gives it back: an argument of another place would compile the step a second time.
+        proceed = jax.device_put(jnp.asarray(True), self.setup.shardings.state.step)
         pending: Dispatched | None = None
         self.timer.start()
         for done in range(start + 1, recipe.train.steps + 1):
