@@ -88,7 +88,7 @@ def our_step(framework: str) -> Callable[[], None]:
     options = StepOptions(setup.plan, recipe.optimizer.clip_norm, skip_nonfinite=False, report_norms=True)
     step = make_train_step(setup.loss_fn, setup.tx, setup.schedule, setup.shardings, options)
     jitted = jit_train_step(step, setup.shardings, setup.batch_sharding)
-    batch = place(next(setup.train_iterator), setup.batch_sharding)
+    batch = place(next(setup.train_iterator), setup.batch_sharding, setup.share)
     key, proceed = jax.random.key(1), jnp.asarray(True)
     held = [init_state(setup.model, setup.tx, setup.shardings, None, seed=0)]
 
