@@ -34,6 +34,7 @@ from pretrain.setup import prepare
 from pretrain.state import init_state
 from pretrain.step import StepOptions, jit_train_step, make_train_step
 from recipes.load import load_recipe
+from recipes.schema import PretrainRecipe
 
 BATCH, LENGTH, LEARNING_RATE = 8, 512, 3e-4
 RECIPE = [
@@ -84,6 +85,7 @@ def norm_parameters(config: TransformerConfig) -> int:
 def our_step(framework: str) -> Callable[[], None]:
     """The training step that `posttrain pretrain` runs."""
     recipe = load_recipe("pretrain_tiny", [*RECIPE, f"model.framework={framework}"]).recipe
+    assert isinstance(recipe, PretrainRecipe)
     setup = prepare(recipe)
     options = StepOptions(setup.plan, recipe.optimizer.clip_norm, skip_nonfinite=False, report_norms=True)
     step = make_train_step(setup.loss_fn, setup.tx, setup.schedule, setup.shardings, options)
