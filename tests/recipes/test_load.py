@@ -57,7 +57,7 @@ def test_shipped_recipes_have_unique_names():
 def test_synthetic_recipe_says_what_its_test_needs():
     recipe = load_recipe("pretrain_synthetic", []).recipe
     assert (recipe.model.preset, recipe.data.kind, recipe.train.steps) == ("tiny-32k", "synthetic", 10)
-    assert (recipe.optimizer.learning_rate, recipe.data.sequence_length) == (1e-2, 2048)
+    assert (recipe.optimizer.learning_rate, recipe.data.sequence_length) == (1.85e-2, 2048)
     assert recipe.train.per_device_batch_size == 1.0
 
 
