@@ -51,7 +51,7 @@ class Setup:
             self.eval_iterator.close()
 
 
-def mesh_rules(overrides: dict[str, list[str]]) -> Rules:
+def mesh_rules(overrides: Rules) -> Rules:
     """The default rules with the recipe's in place of theirs.
 
     Raises:
@@ -62,7 +62,7 @@ def mesh_rules(overrides: dict[str, list[str]]) -> Rules:
             raise ValueError(
                 f"mesh.rules.{name}: no parameter or activation has this axis; the axes are {', '.join(DEFAULT_RULES)}"
             )
-    return {**DEFAULT_RULES, **{name: tuple(axes) for name, axes in overrides.items()}}
+    return {**DEFAULT_RULES, **overrides}
 
 
 def check_lengths(recipe: PretrainRecipe, config: TransformerConfig) -> None:
@@ -83,7 +83,7 @@ def prepare(recipe: PretrainRecipe) -> Setup:
     config = resolve_config(recipe.model)
     check_lengths(recipe, config)
     mesh = make_mesh(recipe.mesh)
-    rules = mesh_rules(dict(recipe.mesh.rules))
+    rules = mesh_rules(recipe.mesh.rules)
     train = recipe.train
     plan = plan_batch(
         num_devices=mesh.size,
