@@ -31,10 +31,14 @@ SAVING = ("checkpoint.enabled=true", "checkpoint.interval=5")
 LONG = (DROPOUT, "schedule.steps=20", *SAVING)
 
 
-def cell(number: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a test the matrix's cell of this number, in both frameworks."""
+def cell(number: str, *, slow: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a test the matrix's cell of this number, in both frameworks; `slow` names one that waits for `test-all`."""
     CELLS.append(number)
-    return pytest.mark.parametrize("framework", FRAMEWORKS, ids=[f"{number}-{name}" for name in FRAMEWORKS])
+    cells = [
+        pytest.param(name, id=f"{number}-{name}", marks=[pytest.mark.slow] if name == slow else [])
+        for name in FRAMEWORKS
+    ]
+    return pytest.mark.parametrize("framework", cells)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,8 @@ def test_training_on_a_tfds_folder_of_text_lowers_the_loss(lab: Lab, framework: 
     assert len(set(base.seen.batch_digests)) == 10
 
 
-@cell("02")
+# The two cells at full length take minutes, so `make test` runs one of each framework.
+@cell("02", slow="linen")
 def test_synthetic_data_is_memorised_from_ln_of_the_vocabulary(lab: Lab, framework: str) -> None:
     command = ("checkpoint.enabled=false",)
     full = lab.run(framework, *command, recipe="pretrain_synthetic")
@@ -180,7 +185,7 @@ def test_fp8_trains_20_steps_within_a_tenth_nat_of_float32(lab: Lab, framework: 
     assert "f8E" not in base.seen.program
 
 
-@cell("06")
+@cell("06", slow="nnx")
 def test_four_accumulated_micro_batches_are_one_big_batch(lab: Lab, framework: str) -> None:
     accumulated = "train.gradient_accumulation_steps=4"
     full = lab.run(framework, accumulated, "train.steps=2", "checkpoint.enabled=false", recipe="pretrain_synthetic")
