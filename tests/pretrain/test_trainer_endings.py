@@ -198,7 +198,11 @@ def test_an_error_in_the_loop_closes_what_is_open(folder: Path, monkeypatch: pyt
     """The lock, the metrics, the data threads and the signal handlers."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     closed: list[Any] = []
-    monkeypatch.setattr("pretrain.data.iterators.RowIterator.close", closed.append)
+
+    def close(iterator: Any) -> None:
+        closed.append(iterator)
+
+    monkeypatch.setattr("pretrain.data.iterators.RowIterator.close", close)
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("a bug")
