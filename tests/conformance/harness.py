@@ -107,7 +107,9 @@ class Lab:
             recipe: "text" of this folder, or the name of a shipped recipe.
             onto: the folder of an earlier attempt to resume.
         """
-        return self._once(self._watched, framework, overrides, recipe, onto)
+        outcome = self._once(self._watched, framework, overrides, recipe, onto)
+        assert outcome.seen.frameworks == {framework}
+        return outcome
 
     def run_apart(self, framework: str, *overrides: str, onto: Path) -> Outcome:
         """Resumes a run as users do, with `python -m posttrain` in a process of its own; nothing is watched."""

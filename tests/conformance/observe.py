@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from models import functional
 from models.checkpoints import store
 from models.checkpoints.layouts import from_disk
 from models.checkpoints.manager import CheckpointManager
@@ -47,6 +48,8 @@ class Observed:
     """Its exit code."""
     log: str = ""
     """What it printed."""
+    frameworks: set[str] = field(default_factory=set)
+    """Whose modules were called."""
     row_tokens: list[list[int]] = field(default_factory=list)
     """Targets in each row loaded, a list for each step, counted by numpy."""
     batch_digests: list[str] = field(default_factory=list)
@@ -105,6 +108,7 @@ def watched(seen: Observed) -> Iterator[None]:
     """Wraps the trainer's parts so that `seen` fills while a run goes on."""
     real_run, real_jit, real_evaluate = trainer.run, trainer.jit_train_step, trainer.evaluate
     real_save = CheckpointManager.save
+    real_apply, real_merge = functional.LinenTransformer.apply, functional.nnx_from_params
     latest: list[Any] = []
 
     def whole_run(*args: Any) -> Any:
@@ -137,12 +141,22 @@ def watched(seen: Observed) -> Iterator[None]:
         seen.eval_digests.append((before, digest(latest)))
         return row
 
+    def apply(*args: Any, **named: Any) -> Any:
+        seen.frameworks.add("linen")
+        return real_apply(*args, **named)
+
+    def merge(*args: Any) -> Any:
+        seen.frameworks.add("nnx")
+        return real_merge(*args)
+
     def save(*args: Any, **named: Any) -> str:
         outcome = real_save(*args, **named)
         seen.saves.append(outcome)
         return outcome
 
     with (
+        mock.patch.object(functional.LinenTransformer, "apply", apply),
+        mock.patch.object(functional, "nnx_from_params", merge),
         mock.patch.object(CheckpointManager, "save", save),
         mock.patch.object(trainer, "run", whole_run),
         mock.patch.object(trainer, "jit_train_step", jit_step),
