@@ -1,0 +1,1 @@
+"""Rows of post-training: conversations, pairs and prompts."""

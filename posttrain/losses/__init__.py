@@ -1,0 +1,1 @@
+"""Losses of post-training: pure functions that return a numerator and a weight."""

@@ -1,0 +1,1 @@
+"""Samplers: one protocol (`base`), two engines (`vllm`, `native`)."""

@@ -1,0 +1,1 @@
+"""Trainers: Tunix's, with our step, data and checkpoints."""
