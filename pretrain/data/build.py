@@ -13,9 +13,10 @@ import numpy as np
 
 from models.tokenizer import Tokenizer
 from pretrain.data.batch import FIELD_NAMES, TokenBatch
-from pretrain.data.iterators import BatchIterator, EvalIterator, ReusingIterator, RowIterator
+from pretrain.data.iterators import TEXT_TALLIES, BatchIterator, EvalIterator, ReusingIterator, RowIterator
 from pretrain.data.readers import open_documents
-from pretrain.data.rows import Order, RowFormat, document_order, require_a_row, row_dataset
+from pretrain.data.rows import Order, RowFormat, document_order, require_a_row, row_dataset, row_stacker
+from pretrain.data.shuffle import source_seed
 from pretrain.data.sources import Documents, Source, eval_source, train_sources
 from pretrain.data.synthetic import SyntheticIterator, synthetic_batch
 from recipes.schema import DataSection
@@ -64,7 +65,7 @@ def make_train_iterator(
         # Without shuffling a host meets the same documents every epoch, so one of those has to give a row.
         first, step = (0, 1) if data.shuffle else (host_index, host_count)
         require_a_row(documents, source, tokenizer, row_format, range(first, len(documents), step))
-        order = Order(data.shuffle, _seed(data.shuffle_seed, number), data.num_epochs, host_index, host_count)
+        order = Order(data.shuffle, source_seed(data.shuffle_seed, number), data.num_epochs, host_index, host_count)
         streams.append(document_order(documents, order))
         weights.append(source.weight)
         identity.append(_identity(documents, source))
@@ -80,7 +81,7 @@ def make_train_iterator(
         **dataclasses.asdict(row_format),
     }
     batches = rows.batch(rows_per_batch, batch_fn=_stacker(0, rows_per_batch))
-    iterator = RowIterator(_prefetched(batches, data.prefetch_buffer), fingerprint)
+    iterator = RowIterator(_prefetched(batches, data.prefetch_buffer), fingerprint, TEXT_TALLIES)
     return ReusingIterator(iterator, data.reuse_batch) if data.reuse_batch else iterator
 
 
@@ -118,7 +119,7 @@ def make_eval_iterator(
     }
     stack = _stacker(host_index * rows_per_batch, rows_per_batch)
     batches = rows.batch(rows_per_batch * host_count, batch_fn=stack)
-    return RowIterator(_prefetched(batches, data.prefetch_buffer), fingerprint)
+    return RowIterator(_prefetched(batches, data.prefetch_buffer), fingerprint, TEXT_TALLIES)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -179,28 +180,7 @@ def _synthetic(
 
 
 def _stacker(first: int, count: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Makes the function that stacks rows and keeps [first, first + count) of them, filled up with padding."""
-
-    def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        length = len(rows[0]["segmentation"])
-        tokens = np.zeros((2, count, length), np.int32)
-        segmentation, position = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
-        for index, row in enumerate(rows[first : first + count]):
-            tokens[:, index] = row["pairs"].T
-            segmentation[index] = row["segmentation"]
-            position[index] = row["position"]
-        return {
-            "inputs": tokens[0],
-            "inputs_position": position,
-            "inputs_segmentation": segmentation,
-            "targets": tokens[1],
-            "targets_position": position.copy(),
-            "targets_segmentation": segmentation.copy(),
-            "target_tokens": sum(int(np.count_nonzero(row["segmentation"])) for row in rows),
-            "text_bytes": sum(int(row["text_bytes"]) for row in rows),
-        }
-
-    return stack
+    return row_stacker(first=first, count=count, tally_names=("text_bytes",))
 
 
 def _prefetched(batches: grain.IterDataset, num_batches: int) -> grain.IterDataset:
@@ -215,11 +195,6 @@ def _row_format(data: DataSection, add_bos: bool, add_eos: bool) -> RowFormat:
         add_bos=add_bos,
         add_eos=add_eos,
     )
-
-
-def _seed(shuffle_seed: int, number: int) -> int:
-    """A seed for each source of a mixture; grain counts it up with the epochs, so neighbours would meet."""
-    return int(np.random.SeedSequence([shuffle_seed, number]).generate_state(1)[0])
 
 
 def _identity(documents: Documents, source: Source) -> dict[str, Any]:

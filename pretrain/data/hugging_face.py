@@ -30,7 +30,7 @@ class HuggingFaceDocuments:
         # Importing `datasets` takes seconds, and only this kind of data needs it.
         import datasets
 
-        self._records = _load(source)
+        self._records = load_split(source)
         self._column = source.text_column
         columns = self._records.features
         where = f"{source.text_column_key}={source.text_column!r}"
@@ -48,7 +48,12 @@ class HuggingFaceDocuments:
         return self._records[index][self._column] or ""
 
 
-def _load(source: Source) -> Any:
+def load_split(source: Source) -> Any:
+    """The split that `source` names, with all its columns; `source.text_column` is not looked at.
+
+    Raises:
+        ValueError: neither or both of path and name are set, the path has nothing to read, or it cannot be loaded.
+    """
     import datasets
 
     if (source.path is None) == (source.name is None):

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 
-from pretrain.data.batch import FIELD_NAMES, TextTotals, TokenBatch
+from pretrain.data.batch import TextTotals, TokenBatch
 
 STATE_VERSION = 1
+TEXT_TALLIES = ("target_tokens", "text_bytes")
+"""What is counted over the batches handed out: the fields of TextTotals."""
 
 
 @runtime_checkable
@@ -60,10 +63,15 @@ class EvalIterator(BatchIterator, Protocol):
 class RowIterator:
     """A grain pipeline of stacked rows as a `BatchIterator`, with the checks that make its saved position safe."""
 
-    def __init__(self, batches: grain.IterDataset, fingerprint: dict[str, Any]) -> None:
-        """Reads `batches`; `fingerprint` is the JSON value that a saved position must agree with."""
+    def __init__(self, batches: grain.IterDataset, fingerprint: dict[str, Any], tally_names: Sequence[str]) -> None:
+        """Reads `batches`, elements {batch: what is handed out, tallies: {name: int}}.
+
+        `fingerprint` is the JSON value that a saved position must agree with, and `tally_names` are the figures to add
+        up over the batches, those of TEXT_TALLIES among them.
+        """
         self._batches = batches
         self._fingerprint = fingerprint
+        self._tally_names = tuple(tally_names)
         self._open()
 
     def _open(self) -> None:
@@ -71,17 +79,17 @@ class RowIterator:
         # grain closes an iterator that is collected, which fails noisily once the interpreter has begun to end. So it
         # is closed before that, and let go.
         self._finalizer = weakref.finalize(self, _close_all, self._iterators)
-        self._target_tokens = self._text_bytes = 0
+        self._tallies = dict.fromkeys(self._tally_names, 0)
 
     def __iter__(self) -> RowIterator:
         return self
 
-    def __next__(self) -> TokenBatch:
+    def __next__(self) -> Any:
         assert self._iterators, "the iterator is closed"
-        stacked = next(self._iterators[0])
-        self._target_tokens += stacked["target_tokens"]
-        self._text_bytes += stacked["text_bytes"]
-        return TokenBatch(**{name: stacked[name] for name in FIELD_NAMES})
+        element = next(self._iterators[0])
+        for name in self._tally_names:
+            self._tallies[name] += element["tallies"][name]
+        return element["batch"]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -93,8 +101,7 @@ class RowIterator:
         return {
             "version": STATE_VERSION,
             "fingerprint": self.fingerprint,
-            "target_tokens": self._target_tokens,
-            "text_bytes": self._text_bytes,
+            **self._tallies,
             "grain": copy.deepcopy(self._iterators[0].get_state()),
         }
 
@@ -103,7 +110,7 @@ class RowIterator:
         require_same_data(self._fingerprint, state)
         self.reset()
         self._iterators[0].set_state(copy.deepcopy(state["grain"]))
-        self._target_tokens, self._text_bytes = state["target_tokens"], state["text_bytes"]
+        self._tallies = {name: state[name] for name in self._tally_names}
 
     def reset(self) -> None:
         """Goes back to the first batch."""
@@ -113,7 +120,12 @@ class RowIterator:
     @property
     def totals(self) -> TextTotals:
         """What the batches so far held: this host's for training, all hosts' for evaluation."""
-        return TextTotals(self._target_tokens, self._text_bytes)
+        return TextTotals(*(self._tallies[name] for name in TEXT_TALLIES))
+
+    @property
+    def tallies(self) -> dict[str, int]:
+        """All that was counted over the batches so far, by name."""
+        return dict(self._tallies)
 
     def close(self) -> None:
         """Stops the reading threads."""

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from models.tokenizer import Tokenizer
+from pretrain.data.batch import TokenBatch
 from pretrain.data.shuffle import shuffled
 from pretrain.data.sources import Documents, Source
 
@@ -92,11 +93,7 @@ def document_order(documents: Documents, order: Order) -> grain.MapDataset:
 def row_dataset(
     documents: grain.MapDataset, tokenizer: Tokenizer, row_format: RowFormat, *, num_threads: int
 ) -> grain.IterDataset:
-    """Tokenises, cuts and packs documents into rows.
-
-    Without packing each piece has a row of its own. Documents of fewer than two tokens predict nothing and have no
-    row. Packing is first-fit: a piece goes into the first of PACKING_BINS open rows with room for it, and when none
-    has, all of them are closed.
+    """Tokenises, cuts and packs documents into rows; documents of fewer than two tokens predict nothing and have none.
 
     Returns:
         Rows as {pairs: int32 [T, 2], segmentation: int32 [T], position: int32 [T], text_bytes: int}.
@@ -105,16 +102,92 @@ def row_dataset(
     tokenised = documents.map(_tokeniser(tokenizer, row_format)).to_iter_dataset(options)
     pieces = grain.experimental.FlatMapIterDataset(tokenised, _Split(row_format.sequence_length))
     if not row_format.packing:
-        return pieces.map(_padded(row_format.sequence_length))
+        return padded_rows(pieces, sequence_length=row_format.sequence_length)
+    return packed_rows(
+        pieces,
+        sequence_length=row_format.sequence_length,
+        max_segments_per_row=row_format.max_segments_per_row,
+        tally_names=("text_bytes",),
+    )
+
+
+def packed_rows(
+    pieces: grain.IterDataset, *, sequence_length: int, max_segments_per_row: int | None, tally_names: Sequence[str]
+) -> grain.IterDataset:
+    """Packs pieces into rows, first-fit.
+
+    A piece goes into the first of PACKING_BINS open rows with room for it, and when none has, all of them are closed.
+
+    Args:
+        pieces: elements {pairs: int32 [n, W] with n <= sequence_length, tally: int for each of `tally_names`}.
+        sequence_length: T.
+        max_segments_per_row: the most pieces in a row; None is no limit.
+        tally_names: figures of a piece that are added up over a row.
+
+    Returns:
+        Rows as {pairs: int32 [T, W], segmentation: int32 [T], position: int32 [T], tally: int for each name}.
+    """
+
+    def row(packed: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "pairs": packed["pairs"],
+            "segmentation": packed["pairs_segment_ids"],
+            "position": packed["pairs_positions"],
+            **{name: sum(packed[name]) for name in tally_names},
+        }
+
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces,
-        length_struct={"pairs": row_format.sequence_length},
+        length_struct={"pairs": sequence_length},
         num_packing_bins=PACKING_BINS,
         shuffle_bins=False,
-        meta_features=("text_bytes",),
-        max_sequences_per_bin=row_format.max_segments_per_row,
+        meta_features=tuple(tally_names),
+        max_sequences_per_bin=max_segments_per_row,
     )
-    return packed.map(_packed_row)
+    return packed.map(row)
+
+
+def padded_rows(pieces: grain.IterDataset, *, sequence_length: int) -> grain.IterDataset:
+    """Gives each piece a row of its own; pieces and rows are those of `packed_rows`."""
+    return pieces.map(lambda piece: padded_row(piece, sequence_length))
+
+
+def row_stacker(
+    *, first: int, count: int, tally_names: Sequence[str]
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Makes the function that stacks rows and keeps [first, first + count) of them, filled up with padding.
+
+    Pairs of three columns say in the third, with 1, which targets count; the others have a targets_segmentation of 0.
+
+    Returns:
+        A function of rows that gives {batch: TokenBatch, tallies: {target_tokens, and `tally_names`, over all rows}}.
+    """
+
+    def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        length = len(rows[0]["segmentation"])
+        cells = np.zeros((5, count, length), np.int32)
+        for index, row in enumerate(rows[first : first + count]):
+            cells[:, index] = row["pairs"][:, 0], row["pairs"][:, 1], row["segmentation"], row["position"], _wanted(row)
+        inputs, targets, segmentation, position, wanted = cells
+        batch = TokenBatch(
+            inputs=inputs,
+            inputs_position=position,
+            inputs_segmentation=segmentation,
+            targets=targets,
+            targets_position=position.copy(),
+            targets_segmentation=wanted,
+        )
+        targets_counted = sum(int(np.count_nonzero(_wanted(row))) for row in rows)
+        tallies = {name: sum(int(row[name]) for row in rows) for name in tally_names}
+        return {"batch": batch, "tallies": {"target_tokens": targets_counted, **tallies}}
+
+    return stack
+
+
+def _wanted(row: dict[str, Any]) -> Int[np.ndarray, T]:
+    """The segment of each target that counts, 0 where none does."""
+    pairs = row["pairs"]
+    return row["segmentation"] * pairs[:, 2] if pairs.shape[1] == 3 else row["segmentation"]
 
 
 def require_a_row(
@@ -160,25 +233,12 @@ class _Split(grain.experimental.FlatMapTransform):
         return split_pairs(element["pairs"], element["text_bytes"], self._sequence_length)
 
 
-def _packed_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "pairs": row["pairs"],
-        "segmentation": row["pairs_segment_ids"],
-        "position": row["pairs_positions"],
-        "text_bytes": sum(row["text_bytes"]),
-    }
-
-
-def _padded(sequence_length: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def pad(piece: dict[str, Any]) -> dict[str, Any]:
-        length = len(piece["pairs"])
-        pairs = np.zeros((sequence_length, 2), np.int32)
-        segmentation, position = np.zeros(sequence_length, np.int32), np.zeros(sequence_length, np.int32)
-        pairs[:length] = piece["pairs"]
-        segmentation[:length] = 1
-        position[:length] = np.arange(length)
-        return {
-            "pairs": pairs, "segmentation": segmentation, "position": position, "text_bytes": piece["text_bytes"]
-        }  # fmt: skip
-
-    return pad
+def padded_row(piece: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+    """The row that holds one piece and padding behind it; its tallies are the piece's."""
+    length, width = piece["pairs"].shape
+    pairs = np.zeros((sequence_length, width), np.int32)
+    segmentation, position = np.zeros(sequence_length, np.int32), np.zeros(sequence_length, np.int32)
+    pairs[:length] = piece["pairs"]
+    segmentation[:length] = 1
+    position[:length] = np.arange(length)
+    return {**piece, "pairs": pairs, "segmentation": segmentation, "position": position}

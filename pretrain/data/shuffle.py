@@ -12,6 +12,11 @@ SMALL = 1 << 16
 """Up to this many elements an epoch's permutation is drawn whole (half a megabyte)."""
 
 
+def source_seed(shuffle_seed: int, number: int) -> int:
+    """A seed for each source of a mixture; grain counts it up with the epochs, so neighbours would meet."""
+    return int(np.random.SeedSequence([shuffle_seed, number]).generate_state(1)[0])
+
+
 def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
     """The elements in a random order, a new one each epoch, to be followed by `repeat`.
 
