@@ -5,13 +5,14 @@ from jaxtyping import Array, Float
 
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, window_choices
+from models.inference.attention import cached_attention
 from models.inference.cache import write_layer
 from models.ops.attention import choose_implementation, dot_product_attention, self_attention
-from models.ops.masks import cache_mask
 from models.ops.rotary import rotate
 
 Heads = Float[Array, "B T H N"]
-CachedLayer = tuple[jax.Array, jax.Array] | None
+NewEntries = tuple[jax.Array, jax.Array] | None
+"""Keys and values [B, T, K, N] of a layer's new tokens, for the cache; None without one."""
 
 
 def attend(
@@ -24,13 +25,13 @@ def attend(
     *,
     static_window: int | None,
     implementation: str,
-) -> tuple[Heads, CachedLayer]:
+) -> tuple[Heads, NewEntries]:
     """Rotates queries and keys and mixes values.
 
     Args:
         config: the architecture.
-        context: rotary tables, masks and cache lengths of this pass.
-        layer: this layer's traced window and cache.
+        context: rotary tables, masks and the cache of this pass.
+        layer: this layer's index and traced window.
         query: [B, T, H, N], before rotation.
         key: [B, T, K, N], before rotation.
         value: [B, T, K, N].
@@ -38,14 +39,15 @@ def attend(
         implementation: of attention, as a recipe names it.
 
     Returns:
-        The mixed values [B, T, H, N], and the layer's new cache, or None without one.
+        The mixed values [B, T, H, N], and what the cache is to take up, or None without one.
     """
     if context.cos is not None and context.sin is not None:
         query = rotate(query, context.cos, context.sin)
         key = rotate(key, context.cos, context.sin)
     window = static_window if layer.window is None else layer.window
     scale, softcap = config.attention_scale, config.attention_softcap
-    if layer.cached_key is None or layer.cached_value is None or context.cache_lengths is None:
+    cache = context.cache
+    if cache is None:
         if context.attention_mask is not None:
             mixed = dot_product_attention(query, key, value, context.attention_mask, scale=scale, softcap=softcap)
             return mixed, None
@@ -63,12 +65,19 @@ def attend(
             ),
         )
         return mixed, None
-    keys = write_layer(layer.cached_key, key, context.cache_lengths)
-    values = write_layer(layer.cached_value, value, context.cache_lengths)
-    mask = context.attention_mask
-    if mask is None:
-        mask = cache_mask(context.cache_lengths, query.shape[1], keys.shape[1], window)
-    mixed = dot_product_attention(
-        query, keys.astype(query.dtype), values.astype(query.dtype), mask, scale=scale, softcap=softcap
+    if context.attention_mask is None:
+        mixed = cached_attention(query, key, value, cache, layer.index, window=window, scale=scale, softcap=softcap)
+        return mixed, (key, value)
+    keys, values = (
+        write_layer(jax.lax.dynamic_index_in_dim(whole, layer.index, keepdims=False), new, cache.lengths)
+        for whole, new in ((cache.key, key), (cache.value, value))
     )
-    return mixed, (keys, values)
+    mixed = dot_product_attention(
+        query,
+        keys.astype(query.dtype),
+        values.astype(query.dtype),
+        context.attention_mask,
+        scale=scale,
+        softcap=softcap,
+    )
+    return mixed, (key, value)

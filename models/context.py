@@ -24,7 +24,8 @@ class StepContext:
     segment_ids: Int[Array, "B T"]
     attention_mask: Bool[Array, "B T S"] | None
     """Replaces causality, segments and windows where the caller brings a mask of its own."""
-    cache_lengths: Int[Array, " B"] | None
+    cache: KVCache | None
+    """Of all layers, as it was before this pass."""
     noise_key: PRNGKeyArray | None
     """Of all that the pass draws, dropout masks and the rounding of quantised gradients; None draws nothing."""
 
@@ -37,8 +38,6 @@ class LayerInput:
     index: Int[Array, ""]
     window: Int[Array, ""] | None
     """Tokens a query sees; None where all layers share one static window."""
-    cached_key: Float[Array, "B S K N"] | None
-    cached_value: Float[Array, "B S K N"] | None
 
 
 def rotary_frequencies(config: TransformerConfig) -> Float[np.ndarray, " half"]:
@@ -67,7 +66,7 @@ def step_context(
         sin=sin,
         segment_ids=jnp.ones_like(positions) if segment_ids is None else segment_ids,
         attention_mask=attention_mask,
-        cache_lengths=None if cache is None else cache.lengths,
+        cache=cache,
         noise_key=noise_key,
     )
 
@@ -87,25 +86,15 @@ def window_choices(config: TransformerConfig) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(config.layer_windows()))
 
 
-def layer_inputs(config: TransformerConfig, cache: KVCache | None) -> LayerInput:
+def layer_inputs(config: TransformerConfig) -> LayerInput:
     """The stacked inputs of all layers, each leaf with a leading [L] axis."""
     windows = config.layer_windows()
     traced = None
     if len(set(windows)) > 1:
         traced = jnp.array([FULL_WINDOW if window is None else window for window in windows], jnp.int32)
-    return LayerInput(
-        index=jnp.arange(config.num_layers),
-        window=traced,
-        cached_key=None if cache is None else cache.key,
-        cached_value=None if cache is None else cache.value,
-    )
+    return LayerInput(index=jnp.arange(config.num_layers), window=traced)
 
 
-def layer_input(config: TransformerConfig, cache: KVCache | None, index: int) -> LayerInput:
+def layer_input(index: int) -> LayerInput:
     """The inputs of layer `index` where layers are unrolled; windows are static there."""
-    return LayerInput(
-        index=jnp.asarray(index),
-        window=None,
-        cached_key=None if cache is None else cache.key[index],
-        cached_value=None if cache is None else cache.value[index],
-    )
+    return LayerInput(index=jnp.asarray(index), window=None)

@@ -4,7 +4,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import CachedLayer, attend
+from models.attend import NewEntries, attend
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_noise_key
 from models.linen.norm import Norm
@@ -29,8 +29,8 @@ class Attention(nn.Module):
         )
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
-        """Attends within x [B, T, D], or to the layer's cache; returns the output and the new cache."""
+    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
+        """Attends within x [B, T, D], or to the cache too; returns the output and what the cache is to take up."""
         noise_key = layer_noise_key(context, layer)
         if self.config.fused_qkv:
             fused = self._projection("qkv_proj", 1)(x, noise_key)

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import CachedLayer
+from models.attend import NewEntries
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_input, layer_inputs, layer_noise_key, named_key
-from models.inference.cache import KVCache
 from models.linen.attention import Attention
 from models.linen.embedding import Embedding
 from models.linen.mlp import MLP
@@ -34,8 +33,8 @@ class DecoderLayer(nn.Module):
         return Norm(specs["scale"], specs.get("bias"), self.config, self.options, name=name)(x)
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
-        """x [B, T, D] to [B, T, D], and the layer's new cache."""
+    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
+        """x [B, T, D] to [B, T, D], and what the cache is to take up."""
         names = layer_norm_names(self.config)
         x = checkpoint_name(constrain(x, "batch", "time", "activation_embed"), LAYER_INPUT)
         noise_key = layer_noise_key(context, layer)
@@ -83,19 +82,19 @@ class Decoder(nn.Module):
             self.logits_dense = Head(config, options)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, context: StepContext, cache: KVCache | None
+        self, x: jax.Array, positions: jax.Array, context: StepContext
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Embedded tokens [B, T, D] to normalised hidden states, and the cached keys and values of all layers."""
+        """Embedded tokens [B, T, D] to normalised hidden states, and the new keys and values [L, B, T, K, N]."""
         if self.config.position == "learned":
             x = x + self.position_embedder(positions)
         if self.options.scan_layers:
-            x, cached = self.layers(x, context, layer_inputs(self.config, cache))
+            x, cached = self.layers(x, context, layer_inputs(self.config))
         else:
             caches = []
             for index, module in enumerate(self.layers):
-                x, layer_cache = module(x, context, layer_input(self.config, cache, index))
+                x, layer_cache = module(x, context, layer_input(index))
                 caches.append(layer_cache)
-            cached = None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+            cached = None if context.cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
         return self.decoder_norm(x), cached
 
 

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import CachedLayer, attend
+from models.attend import NewEntries, attend
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_noise_key
 from models.nnx.norm import Norm
@@ -43,8 +43,8 @@ class Attention(nnx.Module):
             self.query_norm = Norm(specs["query_norm"], config, options=options, rngs=rngs)
             self.key_norm = Norm(specs["key_norm"], config, options=options, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
-        """Attends within x [B, T, D], or to the layer's cache; returns the output and the new cache."""
+    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
+        """Attends within x [B, T, D], or to the cache too; returns the output and what the cache is to take up."""
         noise_key = layer_noise_key(context, layer)
         if self.config.fused_qkv:
             fused = self.qkv_proj(x, noise_key)

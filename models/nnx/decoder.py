@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import CachedLayer
+from models.attend import NewEntries
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_input, layer_inputs, layer_noise_key, named_key
-from models.inference.cache import KVCache
 from models.nnx.attention import Attention
 from models.nnx.embedding import Embedding
 from models.nnx.mlp import MLP
@@ -41,8 +40,8 @@ class DecoderLayer(nnx.Module):
     def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
         return x if name is None else getattr(self, name)(x)
 
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, CachedLayer]:
-        """x [B, T, D] to [B, T, D], and the layer's new cache."""
+    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
+        """x [B, T, D] to [B, T, D], and what the cache is to take up."""
         names = layer_norm_names(self.config)
         x = checkpoint_name(constrain(x, "batch", "time", "activation_embed"), LAYER_INPUT)
         noise_key = layer_noise_key(context, layer)
@@ -92,12 +91,12 @@ class Decoder(nnx.Module):
         return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(create(key)), out_axes=axes)(keys))
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, context: StepContext, cache: KVCache | None
+        self, x: jax.Array, positions: jax.Array, context: StepContext
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Embedded tokens [B, T, D] to normalised hidden states, and the cached keys and values of all layers."""
+        """Embedded tokens [B, T, D] to normalised hidden states, and the new keys and values [L, B, T, K, N]."""
         if self.config.position == "learned":
             x = x + self.position_embedder(positions)
-        x, cached = self._scanned(x, context, cache) if self.options.scan_layers else self._unrolled(x, context, cache)
+        x, cached = self._scanned(x, context) if self.options.scan_layers else self._unrolled(x, context)
         return self.decoder_norm(x), cached
 
     def _remat(self, layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,24 +104,20 @@ class Decoder(nnx.Module):
             return layer
         return jax.checkpoint(layer, policy=remat_policy(self.options.remat), prevent_cse=not self.options.scan_layers)
 
-    def _scanned(
-        self, x: jax.Array, context: StepContext, cache: KVCache | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    def _scanned(self, x: jax.Array, context: StepContext) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         graphdef, stacked = nnx.split(self.layers)
         axis = self.options.param_scan_axis
         leading = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, min(axis, leaf.ndim - 1), 0), stacked)
 
-        def body(x: jax.Array, scanned: tuple[nnx.State, LayerInput]) -> tuple[jax.Array, CachedLayer]:
+        def body(x: jax.Array, scanned: tuple[nnx.State, LayerInput]) -> tuple[jax.Array, NewEntries]:
             state, layer = scanned
             return nnx.merge(graphdef, state)(x, context, layer)
 
-        return jax.lax.scan(self._remat(body), x, (leading, layer_inputs(self.config, cache)))
+        return jax.lax.scan(self._remat(body), x, (leading, layer_inputs(self.config)))
 
-    def _unrolled(
-        self, x: jax.Array, context: StepContext, cache: KVCache | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    def _unrolled(self, x: jax.Array, context: StepContext) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         caches = []
         for index, module in enumerate(self.layers):
-            x, cached = self._remat(module)(x, context, layer_input(self.config, cache, index))
+            x, cached = self._remat(module)(x, context, layer_input(index))
             caches.append(cached)
-        return x, None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+        return x, None if context.cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from models.config import TransformerConfig
 from models.context import step_context
-from models.inference.cache import KVCache
+from models.inference.cache import KVCache, append
 from models.nnx.decoder import Decoder
 from models.nnx.embedding import Embedding
 from models.ops.head import HeadParams, output_logits
@@ -82,10 +82,10 @@ class Transformer(nnx.Module):
         if noise_key is not None:
             first, last = (jax.random.fold_in(noise_key, config.num_layers + i) for i in range(2))
         x = dropout(x, first, rate=rate, broadcast_time=False)
-        x, cached = self.decoder(x, positions, context, cache)
+        x, cached = self.decoder(x, positions, context)
         x = dropout(x, last, rate=rate, broadcast_time=False)
         if cache is not None and cached is not None:
-            cache = KVCache(cached[0], cached[1], cache.lengths + tokens.shape[1])
+            cache = append(cache, *cached)
         return x, cache
 
     def head(self) -> HeadParams:
