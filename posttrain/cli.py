@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain.verbs import convert as convert_verb
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
 
 USER_ERROR = 2
@@ -139,6 +140,9 @@ def pretrain(loaded: LoadedRecipe) -> None:
         raise typer.Exit(SYSTEM_ERROR) from None
     loss = f", loss {result.metrics['learning/loss']:.4f}" if result.metrics else "; there was nothing left to do"
     print(f"{result.run_dir}: {result.completed_steps} steps completed{loss}")
+
+
+convert_verb.register(app)
 
 
 def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:

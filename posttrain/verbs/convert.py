@@ -1,0 +1,50 @@
+"""The verb that turns a checkpoint into another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FORMATS = ("linen", "nnx", "hf", "maxtext")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `convert`."""
+    app.command()(convert)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A run, step, MaxText or Hugging Face folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist, or is empty.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="linen, nnx, hf or maxtext.")],
+    scan: Annotated[
+        bool | None, typer.Option("--scan/--no-scan", help="Stack the layers, or not; else as they are.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="D", help="Of the parameters: float32, bfloat16 or float16.")
+    ] = None,
+    params_only: Annotated[
+        bool, typer.Option("--params-only", help="Leave optimizer, data position and step behind.")
+    ] = False,
+    from_step: Annotated[int | None, typer.Option(metavar="N", help="Which step to read; else the newest.")] = None,
+) -> None:
+    """Convert a checkpoint: Linen, NNX, Hugging Face or MaxText, with layers stacked or not.
+
+    Optimizer moments move with their weights. For linen and nnx, DST becomes a checkpoints folder with one step: named
+    RUN/checkpoints it makes RUN a run that `posttrain pretrain` resumes in the other framework.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"--to={to}: no such format; choose from {', '.join(FORMATS)}")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype={dtype}: no dtype of parameters; choose from {', '.join(DTYPES)}")
+    from models.checkpoints.convert import Target
+    from models.checkpoints.convert import convert as run
+    from posttrain.process import start_process
+
+    start_process()
+    target = Target(format=to, scan_layers=scan, dtype=dtype, params_only=params_only)
+    done = run(source.expanduser(), destination.expanduser(), target, from_step=from_step)
+    print(f"{done.written}: converted from {done.origin.folder}")
