@@ -210,17 +210,45 @@ def test_a_leaf_of_another_shape_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_value_that_is_not_finite_is_refused_by_the_leafs_name(tmp_path: Path, value: float) -> None:
-    layout = LAYOUTS[0]
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[4]], ids=str)
+def test_a_value_that_is_not_finite_is_refused_by_the_leafs_name_and_layer(
+    tmp_path: Path, value: float, layout: Layout
+) -> None:
     params = arranged(layout)
     kernel = params["decoder"]["layers"]["self_attention"]["key"]["kernel"]
-    params["decoder"]["layers"]["self_attention"]["key"]["kernel"] = kernel.at[3, 1, 0, 2].set(value)
+    # Layer 1, in whichever axis the layers stand.
+    index = (3, 1, 0, 2) if layout[2] == 1 else (1, 3, 0, 2)
+    params["decoder"]["layers"]["self_attention"]["key"]["kernel"] = kernel.at[index].set(value)
+    root, end = ("model", "/value") if layout[0] == "nnx" else ("params/params", "")
     with pytest.raises(ValueError) as caught:
-        # The layers are unstacked on the way, and only the one that holds the value is named.
         load(write(tmp_path, layout, params), LAYOUTS[1])
     head, *lines = str(caught.value).splitlines()
-    assert "1 parameters hold values that are not finite" in head
-    assert lines == ["  decoder/layers_1/self_attention/key/kernel"]
+    assert "1 parameters of the checkpoint don't fit the model" in head
+    path = f"{root}/decoder/layers/self_attention/key/kernel{end}"
+    assert lines == [f"  {path}: not finite: holds NaN or infinity, in layers [1]; training from it gives NaN"]
+
+
+def test_missing_surplus_misshapen_and_infinite_leaves_are_one_error(tmp_path: Path) -> None:
+    """Whatever is wrong with a tree is said at once, so that a person mends it at once."""
+    layout = LAYOUTS[3]
+    params = arranged(layout)
+    layers = [params["decoder"][f"layers_{i}"] for i in range(3)]
+    del layers[0]["mlp"]["wo"]
+    layers[1]["mlp"]["wi_0"]["kernel"] = jnp.zeros((16, 25))
+    layers[2]["mlp"]["extra"] = {"kernel": jnp.zeros(2)}
+    layers[2]["mlp"]["wi_1"]["kernel"] = jnp.zeros((16, 24), jnp.int32)
+    params["decoder"]["decoder_norm"]["scale"] = jnp.full(16, jnp.nan)
+    with pytest.raises(ValueError) as caught:
+        load(write(tmp_path, layout, params), layout)
+    head, *lines = str(caught.value).splitlines()
+    assert "5 parameters of the checkpoint don't fit the model" in head
+    assert [line.strip().split(": ")[:2] for line in lines] == [
+        ["params/params/decoder/decoder_norm/scale", "not finite"],
+        ["params/params/decoder/layers_0/mlp/wo/kernel", "missing"],
+        ["params/params/decoder/layers_1/mlp/wi_0/kernel", "shape"],
+        ["params/params/decoder/layers_2/mlp/extra/kernel", "surplus"],
+        ["params/params/decoder/layers_2/mlp/wi_1/kernel", "dtype"],
+    ]
 
 
 def test_a_damaged_file_is_refused_by_name(stored: dict[Layout, Path], tmp_path: Path) -> None:
@@ -255,6 +283,13 @@ def on_eight_devices(root: str) -> None:
         )
         assert kernel.addressable_shards[0].data.size * 8 == kernel.size
         print("split")
+        narrow = load_params(
+            root,
+            FunctionalModel(CONFIG, section(layout, param_dtype="bfloat16")),
+            Placement(mesh, DEFAULT_RULES),
+            verify="quick",
+        )
+        assert_holds(narrow, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), arranged(layout)))
 
 
 @pytest.mark.multidevice
