@@ -20,7 +20,7 @@ from jaxtyping import Int
 from models.tokenizer import Tokenizer
 from pretrain.data.batch import TokenBatch
 from pretrain.data.shuffle import shuffled
-from pretrain.data.sources import Documents, Source
+from pretrain.data.sources import Documents, Elements, Source
 
 PACKING_BINS = 64
 """Rows that are open at once while packing. More bins waste fewer cells (tinyshakespeare's speeches in rows of 256
@@ -76,7 +76,7 @@ def split_pairs(pairs: Int[np.ndarray, "n 2"], text_bytes: int, sequence_length:
     return pieces
 
 
-def document_order(documents: Documents, order: Order) -> grain.MapDataset:
+def document_order(documents: Elements, order: Order) -> grain.MapDataset:
     """The documents this host reads, in order, with epochs one behind the other.
 
     The permutation is of all documents and a new one each epoch; hosts take turns in it. So the hosts together read
@@ -184,7 +184,7 @@ def row_stacker(
     return stack
 
 
-def _wanted(row: dict[str, Any]) -> Int[np.ndarray, T]:
+def _wanted(row: dict[str, Any]) -> Int[np.ndarray, " T"]:
     """The segment of each target that counts, 0 where none does."""
     pairs = row["pairs"]
     return row["segmentation"] * pairs[:, 2] if pairs.shape[1] == 3 else row["segmentation"]

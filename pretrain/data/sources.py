@@ -7,9 +7,18 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from recipes.schema import DataSection
+
+
+@runtime_checkable
+class Elements(Protocol):
+    """A fixed number of things to train on, of any type, that threads may read in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @runtime_checkable
