@@ -81,7 +81,7 @@ def make_sft_iterator(
     pieces = ordered_pieces(data, train_sources(data), open_source, own)
     batches = _batches(data, pieces.dataset, rows_per_batch, (host_index, host_count), all_rows=False)
     fingerprint = _fingerprint(data, tokenizer, pieces, own, rows_per_batch * host_count)
-    return _iterator(data, batches, fingerprint)
+    return make_iterator(data, batches, fingerprint)
 
 
 def make_sft_eval_iterator(
@@ -105,7 +105,7 @@ def make_sft_eval_iterator(
     open_source = _source_opener(data, tokenizer, row_rules(data), add_bos, add_eos)
     pieces = ordered_pieces(data, [eval_source(data)], open_source, (0, 1))
     batches = _batches(data, pieces.dataset, rows_per_batch, (host_index, host_count), all_rows=True)
-    return _iterator(data, batches, _fingerprint(data, tokenizer, pieces, (0, 1), rows_per_batch * host_count))
+    return make_iterator(data, batches, _fingerprint(data, tokenizer, pieces, (0, 1), rows_per_batch * host_count))
 
 
 def row_rules(data: PosttrainDataSection) -> RowRules:
@@ -165,7 +165,13 @@ def ordered_pieces(
         streams.append(document_order(records, order).map(make))
         weights.append(source.source.weight)
         identity.append({**records.identity(), **described})
-    mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
+    if len(streams) == 1:
+        mixed = streams[0]
+    elif data.num_epochs is None:
+        mixed = grain.MapDataset.mix(streams, weights)
+    else:
+        # A recipe's mixture has no epochs; one pass over its sources takes them one behind the other.
+        mixed = grain.MapDataset.concatenate(streams)
     fingerprint = {"sources": identity, "shuffle_seed": data.shuffle_seed if data.shuffle else None}
     return Pieces(mixed, fingerprint)
 
@@ -261,7 +267,8 @@ def _fingerprint(
     return {**pieces.fingerprint, **tokenizer_identity(tokenizer), **shape, **rules}
 
 
-def _iterator(data: RecordsSection, batches: grain.IterDataset, fingerprint: dict[str, Any]) -> RowIterator:
+def make_iterator(data: RecordsSection, batches: grain.IterDataset, fingerprint: dict[str, Any]) -> RowIterator:
+    """Reads batches ahead and gives them a position that `fingerprint` guards."""
     # A saved position has been through JSON, which knows no tuples.
     fingerprint = json.loads(json.dumps(fingerprint))
     prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch_buffer)

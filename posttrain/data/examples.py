@@ -162,13 +162,13 @@ def make_example(values: Mapping[str, Any], tokenizer: Tokenizer, form: ExampleF
     """
     columns = dict(form.columns)
     if form.format == "messages":
-        tools = _tools(values, columns)
+        tools = read_tools(values, columns)
         return chat_example([], read_messages(values, columns["messages"]), tokenizer, form.completion_only, tools)
     if form.format == "text":
-        return text_example("", _text(values, columns["text"]), tokenizer, form)
+        return text_example("", read_text(values, columns["text"]), tokenizer, form)
     prompt = values[columns["prompt"]] if "prompt" in columns else None
     if isinstance(prompt, list):
-        tools = _tools(values, columns)
+        tools = read_tools(values, columns)
         completion = read_messages(values, columns["completion"])
         return chat_example(
             read_messages(values, columns["prompt"]), completion, tokenizer, form.completion_only, tools
@@ -289,12 +289,18 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
+def read_tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """The tools of a conversation, None where the record has none."""
     held = values[columns["tools"]] if "tools" in columns else None
     return _without_nulls(held) or None
 
 
-def _text(values: Mapping[str, Any], column: str) -> str:
+def read_text(values: Mapping[str, Any], column: str) -> str:
+    """The text of a column; null is empty.
+
+    Raises:
+        ValueError: the column holds something else.
+    """
     held = values[column]
     if held is None:
         return ""
@@ -307,7 +313,7 @@ def _text(values: Mapping[str, Any], column: str) -> str:
 
 
 def _fill(template: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: _text(values, columns.get(match[1], match[1])), template)
+    return _PLACEHOLDER.sub(lambda match: read_text(values, columns.get(match[1], match[1])), template)
 
 
 def _shorten(value: Any) -> str:

@@ -60,18 +60,27 @@ def example_piece(example: Example, rules: RowRules, name: str) -> Piece:
         return left_out(rules, name, "it holds nothing to train on", len(pairs))
     if len(pairs) <= length:
         return {**empty_piece(), "pairs": pairs, "text_bytes": example.text_bytes, "examples": 1}
-    if rules.overlong == "refuse":
-        raise ValueError(
-            f"{name}: it has {len(pairs)} tokens to predict and a row holds data.sequence_length={length}; raise that, "
-            "or set data.overlong to truncate or drop"
-        )
-    if rules.overlong == "drop":
+    if not may_be_cut(rules, name, len(pairs)):
         return {**empty_piece(), "dropped": 1}
     kept, total = int(pairs[:length, 2].sum()), int(pairs[:, 2].sum())
     if not kept:
         return left_out(rules, name, f"all it trains lies behind data.sequence_length={length} tokens", len(pairs))
     share = example.text_bytes * kept // total
     return {**empty_piece(), "pairs": pairs[:length], "text_bytes": share, "examples": 1, "truncated": 1}
+
+
+def may_be_cut(rules: RowRules, name: str, num_tokens: int) -> bool:
+    """Whether what is too long for a row loses its end, or is left out.
+
+    Raises:
+        ValueError: the rules refuse it.
+    """
+    if rules.overlong == "refuse":
+        raise ValueError(
+            f"{name}: it has {num_tokens} tokens to predict and a row holds data.sequence_length="
+            f"{rules.sequence_length}; raise that, or set data.overlong to truncate or drop"
+        )
+    return rules.overlong == "truncate"
 
 
 def empty_piece() -> Piece:
@@ -123,8 +132,10 @@ class _KeptIterator(grain.DatasetIterator):
 class BucketBatches(grain.IterDataset):
     """Batches of pieces of like length.
 
-    A batch is handed out when a bucket is full; at the end of finite data the rest follow, bucket by bucket. The
-    position holds the places of the pieces that wait in their buckets, and those are made again from `pieces`.
+    A batch is handed out when a bucket is full; at the end of finite data the rest follow, bucket by bucket. In data
+    that repeats, a piece of a rare length waits for others like it, into the next epochs if need be. The position holds
+    the places of the pieces that wait, and those are made again from `pieces`. Records left out behind the last batch
+    of finite data are not counted.
     """
 
     def __init__(
