@@ -8,6 +8,7 @@ batch, on its order, or on a restart.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -118,6 +119,7 @@ def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: 
     Raises:
         ValueError: naming the prompt, its length or id, and the rule.
     """
+    check_sampling(sampling, vocab_size=vocab_size)
     for prompt in prompts:
         where, length = f"prompt {prompt.prompt_id}", len(prompt.token_ids)
         if length == 0:
@@ -127,8 +129,46 @@ def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: 
                 f"{where}: {length} tokens with up to {sampling.max_tokens} sampled ones: the sampler holds "
                 f"{max_length} tokens a sequence; shorten the prompt, lower max_tokens or raise the sampler's length"
             )
-        worst = max(prompt.token_ids, key=lambda token: token if token >= 0 else vocab_size - token)
-        if not 0 <= worst < vocab_size:
+        _check_ids(where, prompt.token_ids, vocab_size)
+
+
+def check_sampling(sampling: Sampling, *, vocab_size: int) -> None:
+    """Checks that the settings describe a distribution and an end.
+
+    Raises:
+        ValueError: naming the setting, its value and the rule.
+    """
+    problems = (
+        ("max_tokens", sampling.max_tokens >= 1, "a completion has a token at least; set it to 1 or more"),
+        ("temperature", 0.0 <= sampling.temperature < math.inf, "it divides the logits; set 0 (greedy) or more"),
+        ("top_k", sampling.top_k is None or sampling.top_k >= 1, "one token must remain; set 1 or more, or None"),
+        ("top_p", 0.0 < sampling.top_p <= 1.0, "it is a probability, and one token must remain; set it in (0, 1]"),
+        ("num_samples", sampling.num_samples >= 1, "a prompt gets a completion at least; set it to 1 or more"),
+        ("stop_strings", "" not in sampling.stop_strings, "every text holds the empty string; remove it"),
+    )
+    for name, holds, rule in problems:
+        if not holds:
+            raise ValueError(f"sampling.{name}={getattr(sampling, name)!r}: {rule}")
+    _check_ids("sampling.stop_ids", sampling.stop_ids, vocab_size)
+
+
+def check_sequences(sequences: Sequence[Sequence[int]], *, vocab_size: int, max_length: int) -> None:
+    """Checks what every engine refuses to score.
+
+    Raises:
+        ValueError: naming the sequence by its index, its length or id, and the rule.
+    """
+    for index, sequence in enumerate(sequences):
+        where = f"sequence {index}"
+        if not 1 <= len(sequence) <= max_length:
             raise ValueError(
-                f"{where}: token id {worst}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer"
+                f"{where}: {len(sequence)} tokens: the sampler scores 1 to {max_length} tokens a sequence; drop or "
+                "shorten it, or raise the sampler's length"
             )
+        _check_ids(where, sequence, vocab_size)
+
+
+def _check_ids(where: str, ids: Sequence[int], vocab_size: int) -> None:
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"{where}: token id {wrong}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer")
