@@ -122,13 +122,32 @@ def pretrain(loaded: LoadedRecipe) -> None:
     Exit codes: 0 done, 1 a save failed, 2 a mistake in the recipe, 3 the loss was not finite, 75 interrupted and
     saved (the same command with run.resume=must goes on).
     """
+    train(loaded, "pretrain.trainer")
+
+
+@recipe_verb("sft")
+def sft(loaded: LoadedRecipe) -> None:
+    """Fine-tune a model on examples to imitate.
+
+    Exit codes as for pretrain.
+    """
+    train(loaded, "posttrain.trainers.sft")
+
+
+def train(loaded: LoadedRecipe, trainer: str) -> None:
+    """Runs a recipe with the `run` function of the module named `trainer`; prints how it ended.
+
+    Raises:
+        typer.Exit: with the code that says why the run did not end as the recipe wants.
+    """
+    from importlib import import_module
+
     from posttrain.process import start_process
     from pretrain.guard import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted, NonFiniteError
-    from pretrain.trainer import run
 
     start_process()
     try:
-        result = run(loaded, sys.argv)
+        result = import_module(trainer).run(loaded, sys.argv)
     except Interrupted as end:
         print(end, file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.sharding import Rules
-from pretrain.data.batch import TokenBatch
+
+Batch = TypeVar("Batch")
+"""A frozen pytree whose arrays have rows along their first axis."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +107,37 @@ def host_share(sharding: NamedSharding, rows: int, sequence_length: int) -> Host
     return HostShare(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts))
 
 
-def place(batch: TokenBatch, sharding: NamedSharding, share: HostShare) -> TokenBatch:
-    """Makes global arrays of a host's rows (numpy, [rows / share.count, T] each)."""
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
+def place(batch: Batch, sharding: NamedSharding, share: HostShare) -> Batch:
+    """Makes global arrays of a host's rows.
+
+    Args:
+        batch: a pytree of numpy arrays [rows / share.count, ..., T]; one axis alone is that of rows.
+        sharding: of [rows, T] arrays; axes between the two are whole on every device.
+        share: this host's part of the rows.
+    """
 
     def globally(own: np.ndarray) -> jax.Array:
-        shape = (own.shape[0] * share.count, own.shape[1])
-        return jax.make_array_from_process_local_data(sharding, own, shape)
+        placed = field_sharding(sharding, own.ndim)
+        if jax.process_count() == 1:
+            return jax.device_put(own, placed)
+        shape = (own.shape[0] * share.count, *own.shape[1:])
+        return jax.make_array_from_process_local_data(placed, own, shape)
 
     return jax.tree.map(globally, batch)
 
 
-def split_microbatches(batch: TokenBatch, plan: BatchPlan) -> TokenBatch:
-    """[B, T] fields to [G, rows trained, T]: micro-batch i holds rows i, i + G, ..., so each device keeps its own.
+def field_sharding(sharding: NamedSharding, ndim: int) -> NamedSharding:
+    """The sharding of a batch's field with `ndim` axes, given that of [rows, T] arrays."""
+    if ndim == 2:
+        return sharding
+    rows, time = (*sharding.spec, None, None)[:2]
+    if ndim == 1:
+        return NamedSharding(sharding.mesh, PartitionSpec(rows))
+    return NamedSharding(sharding.mesh, PartitionSpec(rows, *[None] * (ndim - 2), time))
+
+
+def split_microbatches(batch: Batch, plan: BatchPlan) -> Batch:
+    """[B, ...] arrays to [G, rows trained, ...]: micro-batch i holds rows i, i + G, ..., so each device keeps its own.
 
     Rows beyond `plan.rows_trained` of each micro-batch are cut off.
     """

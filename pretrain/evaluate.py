@@ -7,13 +7,14 @@ from collections.abc import Callable
 import jax
 
 from models.functional import Params
-from models.ops.vocab import LossSum
 from pretrain.data.batch import TokenBatch
 from pretrain.data.iterators import EvalIterator
+from pretrain.losses import Z_LOSS
+from pretrain.sums import LossOutput
 
 
 def evaluate(
-    eval_step: Callable[[Params, TokenBatch], LossSum],
+    eval_step: Callable[[Params, TokenBatch], LossOutput],
     params: Params,
     iterator: EvalIterator,
     place_fn: Callable[[TokenBatch], TokenBatch],
@@ -37,7 +38,7 @@ def evaluate(
     for rows in itertools.islice(iterator, num_batches):
         sums = jax.device_get(eval_step(params, place_fn(rows)))
         loss_sum += float(sums.loss_sum)
-        z_sum += float(sums.z_sum)
+        z_sum += float(sums.metrics[Z_LOSS].sum)
         weights += float(sums.weight_sum)
     loss = loss_sum / max(weights, 1.0)
     row = {

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pretrain.data.batch import FIELD_NAMES, TokenBatch
-
 EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM or SIGINT: the state is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 EXIT_NOT_FINITE = 3
@@ -81,15 +79,29 @@ class StopVote:
         return before is not None and bool(before)
 
 
-def save_batch(batch: TokenBatch, path: Path) -> None:
-    """Writes this host's rows of a batch as .npz, to be looked at."""
+def save_batch(batch: Any, path: Path) -> None:
+    """Writes this host's rows of a batch, a dataclass of arrays, as .npz, to be looked at."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields: dict[str, Any] = {name: _own_part(getattr(batch, name)) for name in FIELD_NAMES}
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    fields: dict[str, Any] = {
+        jax.tree_util.keystr(keys, simple=True, separator="."): _own_part(leaf) for keys, leaf in leaves
+    }
     np.savez_compressed(path, **fields)
 
 
 def _own_part(field: jax.Array) -> np.ndarray:
-    """The part of a [B, T] array that this host's devices hold, pieced together from their shards."""
-    pieces = {tuple(part.start or 0 for part in shard.index): shard.data for shard in field.addressable_shards}
-    rows, columns = (sorted(set(starts)) for starts in zip(*pieces, strict=True))
-    return np.block([[np.asarray(pieces[row, column]) for column in columns] for row in rows])
+    """The part of an array that this host's devices hold, pieced together from their shards."""
+    starts = [
+        sorted({part.start or 0 for part in parts})
+        for parts in zip(*(shard.index for shard in field.addressable_shards), strict=True)
+    ]
+    pieces = {
+        tuple(part.start or 0 for part in shard.index): np.asarray(shard.data) for shard in field.addressable_shards
+    }
+
+    def join(prefix: tuple[int, ...]) -> Any:
+        if len(prefix) == len(starts):
+            return pieces[prefix]
+        return [join((*prefix, start)) for start in starts[len(prefix)]]
+
+    return np.block(join(()))

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from models.functional import FunctionalModel, Params
 from models.ops.head import HeadParams, output_logits
-from models.ops.vocab import LossSum, cross_entropy_sum
+from models.ops.vocab import cross_entropy_sum
 from pretrain.data.batch import TokenBatch
 from pretrain.optimizers import stop_frozen_gradients
+from pretrain.sums import LossOutput, Mean
 
-LossFn = Callable[[Params, TokenBatch, jax.Array | None], LossSum]
+Z_LOSS = "learning/z_loss"
+LossFn = Callable[[Params, TokenBatch, jax.Array | None], LossOutput]
 """(parameters, batch, noise key or None) -> sums over the batch's tokens."""
 
 
@@ -38,7 +40,7 @@ def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int, trai
     """
     head_fn = head_function(model)
 
-    def loss_fn(params: Params, batch: TokenBatch, noise_key: jax.Array | None) -> LossSum:
+    def loss_fn(params: Params, batch: TokenBatch, noise_key: jax.Array | None) -> LossOutput:
         if trainable is not None:
             params = stop_frozen_gradients(params, trainable)
         hidden, _ = model.hidden_states(
@@ -48,7 +50,7 @@ def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int, trai
             segment_ids=batch.inputs_segmentation,
             noise_key=noise_key,
         )
-        return cross_entropy_sum(
+        sums = cross_entropy_sum(
             head_fn,
             model.head(params),
             hidden,
@@ -57,5 +59,6 @@ def make_loss_fn(model: FunctionalModel, *, z_loss: float, chunk_size: int, trai
             z_loss=z_loss,
             chunk_size=chunk_size,
         )
+        return LossOutput(sums.loss_sum, sums.weight_sum, {Z_LOSS: Mean(sums.z_sum, sums.weight_sum)})
 
     return loss_fn

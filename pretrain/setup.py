@@ -21,12 +21,12 @@ from pretrain.losses import LossFn, make_loss_fn
 from pretrain.optimizers import make_optimizer, trainable_paths
 from pretrain.schedules import make_schedule
 from pretrain.state import StateShardings, TrainState, abstract_state, state_shardings
-from recipes.schema import PretrainRecipe
+from recipes.schema import PretrainRecipe, TrainingRecipe
 
 
 @dataclass(frozen=True)
-class Setup:
-    """The parts of a run that its recipe decides."""
+class ModelSetup:
+    """The parts of a training run that don't depend on the kind of its data and loss."""
 
     config: TransformerConfig
     model: FunctionalModel
@@ -35,13 +35,24 @@ class Setup:
     plan: BatchPlan
     eval_plan: BatchPlan
     batch_sharding: NamedSharding
+    """Of [rows, T] arrays."""
     share: HostShare
-    train_iterator: BatchIterator
-    eval_iterator: EvalIterator | None
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     abstract: TrainState
     shardings: StateShardings
+    trainable: frozenset[str] | None
+    """Names of the parameters that are trained; None is all."""
+    chunk_size: int
+    """Tokens whose logits exist at a time, over all devices."""
+
+
+@dataclass(frozen=True)
+class Setup(ModelSetup):
+    """The parts of a run that its recipe decides."""
+
+    train_iterator: BatchIterator
+    eval_iterator: EvalIterator | None
     loss_fn: LossFn
 
     def close(self) -> None:
@@ -65,58 +76,55 @@ def mesh_rules(overrides: Rules) -> Rules:
     return {**DEFAULT_RULES, **overrides}
 
 
-def check_lengths(recipe: PretrainRecipe, config: TransformerConfig) -> None:
+def check_lengths(sequence_length: int, config: TransformerConfig) -> None:
     """Raises ValueError where rows are longer than the model's positions."""
-    if recipe.data.sequence_length > config.max_position:
+    if sequence_length > config.max_position:
         raise ValueError(
-            f"data.sequence_length={recipe.data.sequence_length}: the model has positions for {config.max_position} "
+            f"data.sequence_length={sequence_length}: the model has positions for {config.max_position} "
             "tokens; shorten the rows or raise model.overrides.max_position"
         )
 
 
 def prepare(recipe: PretrainRecipe) -> Setup:
-    """Builds and checks the parts of a run.
+    """Builds and checks the parts of a pretraining run.
 
     Raises:
         ValueError: in the house form, for whatever in the recipe doesn't fit the model, the data or the devices.
     """
+    parts = prepare_model(recipe, sequence_length=recipe.data.sequence_length)
+    train_iterator, eval_iterator = _iterators(recipe, parts.config, parts.plan, parts.eval_plan, parts.share)
+    loss_fn = make_loss_fn(
+        parts.model, z_loss=recipe.train.z_loss, chunk_size=parts.chunk_size, trainable=parts.trainable
+    )
+    return Setup(**vars(parts), train_iterator=train_iterator, eval_iterator=eval_iterator, loss_fn=loss_fn)
+
+
+def prepare_model(recipe: TrainingRecipe, *, sequence_length: int) -> ModelSetup:
+    """Builds and checks the parts of any training run on rows of `sequence_length` tokens.
+
+    Raises:
+        ValueError: in the house form, for whatever in the recipe doesn't fit the model or the devices.
+    """
     config = resolve_config(recipe.model)
-    check_lengths(recipe, config)
+    check_lengths(sequence_length, config)
     mesh = make_mesh(recipe.mesh)
     rules = mesh_rules(recipe.mesh.rules)
-    train = recipe.train
-    plan = plan_batch(
-        num_devices=mesh.size,
-        per_device=train.per_device_batch_size,
-        microbatches=train.gradient_accumulation_steps,
-        where="train.per_device_batch_size",
-    )
-    eval_rows = recipe.eval.per_device_batch_size
-    eval_plan = plan_batch(
-        num_devices=mesh.size,
-        per_device=train.per_device_batch_size if eval_rows is None else eval_rows,
-        microbatches=1,
-        where="train.per_device_batch_size" if eval_rows is None else "eval.per_device_batch_size",
-    )
+    plan, eval_plan = _plans(recipe, mesh)
     for each in (plan, eval_plan):
-        check_divisible(each, mesh, rules, sequence_length=recipe.data.sequence_length)
+        check_divisible(each, mesh, rules, sequence_length=sequence_length)
     sharding = batch_sharding(mesh, rules)
-    share = host_share(sharding, plan.rows_loaded, recipe.data.sequence_length)
-    train_iterator, eval_iterator = _iterators(recipe, config, plan, eval_plan, share)
     model = FunctionalModel(config, recipe.model)
-    schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=train.steps)
+    schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=recipe.train.steps)
     specs = param_specs(config, scan_layers=recipe.model.scan_layers, param_scan_axis=recipe.model.param_scan_axis)
     axes = {"/".join(path): spec.axes for path, spec in flatten(specs)}
     tx = make_optimizer(recipe.optimizer, schedule, axes)
     abstract = abstract_state(model, tx)
-    shardings = state_shardings(model, tx, abstract, mesh, rules, recipe.optimizer)
     patterns = recipe.optimizer.trainable
-    trainable = trainable_paths(patterns, axes) if patterns else None
-    chunk = train.loss_chunk_size
+    chunk = recipe.train.loss_chunk_size
     if chunk is None:
-        tokens = plan.rows_per_microbatch * recipe.data.sequence_length
+        tokens = plan.rows_per_microbatch * sequence_length
         chunk = default_chunk_size(max(1, tokens // mesh.size), config.vocab_size) * mesh.size
-    return Setup(
+    return ModelSetup(
         config=config,
         model=model,
         mesh=mesh,
@@ -124,15 +132,32 @@ def prepare(recipe: PretrainRecipe) -> Setup:
         plan=plan,
         eval_plan=eval_plan,
         batch_sharding=sharding,
-        share=share,
-        train_iterator=train_iterator,
-        eval_iterator=eval_iterator,
+        share=host_share(sharding, plan.rows_loaded, sequence_length),
         schedule=schedule,
         tx=tx,
         abstract=abstract,
-        shardings=shardings,
-        loss_fn=make_loss_fn(model, z_loss=train.z_loss, chunk_size=chunk, trainable=trainable),
+        shardings=state_shardings(model, tx, abstract, mesh, rules, recipe.optimizer),
+        trainable=trainable_paths(patterns, axes) if patterns else None,
+        chunk_size=chunk,
     )
+
+
+def _plans(recipe: TrainingRecipe, mesh: Mesh) -> tuple[BatchPlan, BatchPlan]:
+    """The rows of a training step and of an evaluation batch."""
+    train, eval_rows = recipe.train, recipe.eval.per_device_batch_size
+    plan = plan_batch(
+        num_devices=mesh.size,
+        per_device=train.per_device_batch_size,
+        microbatches=train.gradient_accumulation_steps,
+        where="train.per_device_batch_size",
+    )
+    eval_plan = plan_batch(
+        num_devices=mesh.size,
+        per_device=train.per_device_batch_size if eval_rows is None else eval_rows,
+        microbatches=1,
+        where="train.per_device_batch_size" if eval_rows is None else "eval.per_device_batch_size",
+    )
+    return plan, eval_plan
 
 
 def _iterators(

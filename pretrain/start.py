@@ -9,14 +9,14 @@ from models.checkpoints.huggingface import import_params
 from models.checkpoints.loader import Placement, find_step_dir, load_params
 from models.functional import Params
 from pretrain.checkpointing import Identity, find_resume_step, own_data_state, restore_state
-from pretrain.setup import Setup
+from pretrain.setup import ModelSetup, Setup
 from pretrain.state import TrainState, init_state
-from recipes.schema import PretrainRecipe
+from recipes.schema import TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
 
-def first_state(recipe: PretrainRecipe, setup: Setup, identity: Identity, folder: Path) -> tuple[TrainState, int]:
+def first_state(recipe: TrainingRecipe, setup: Setup, identity: Identity, folder: Path) -> tuple[TrainState, int]:
     """The state that the first step of an attempt takes; the data iterator is put where that step reads on.
 
     Args:
@@ -51,7 +51,7 @@ def first_state(recipe: PretrainRecipe, setup: Setup, identity: Identity, folder
     return init_state(setup.model, setup.tx, setup.shardings, params, seed=recipe.train.seed), 0
 
 
-def first_params(recipe: PretrainRecipe, setup: Setup) -> Params | None:
+def first_params(recipe: TrainingRecipe, setup: ModelSetup) -> Params | None:
     """The weights that the recipe names; None where it names none."""
     section = recipe.model
     if section.load_parameters_path is not None:

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from models.functional import Params
-from models.ops.vocab import LossSum
 from pretrain.batching import BatchPlan, split_microbatches
-from pretrain.data.batch import TokenBatch
 from pretrain.losses import LossFn
 from pretrain.optimizers import clip_by_global_norm
 from pretrain.state import StateShardings, TrainState
+from pretrain.sums import LossOutput, Mean
 
 Metrics = dict[str, jax.Array]
+Batch = Any
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class StepOptions:
 
 
 def accumulate(
-    loss_fn: LossFn, params: Params, batch: TokenBatch, key: jax.Array | None, plan: BatchPlan
-) -> tuple[LossSum, Params]:
+    loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array | None, plan: BatchPlan
+) -> tuple[LossOutput, Params]:
     """Sums losses and their gradients over the micro-batches of a batch.
 
     Args:
         loss_fn: gives un-normalised sums.
         params: parameters.
-        batch: [rows loaded, T] fields.
+        batch: arrays of [rows loaded, ...].
         key: for dropout and stochastic rounding; each micro-batch folds its index in. None switches both off.
         plan: how the rows split.
 
@@ -57,10 +57,10 @@ def accumulate(
         The sums and the gradient of the summed loss, in float32 where the parameters' dtype is narrower.
     """
 
-    def grads_of(micro: TokenBatch, index: jax.Array | int) -> tuple[LossSum, Params]:
+    def grads_of(micro: Batch, index: jax.Array | int) -> tuple[LossOutput, Params]:
         micro_key = None if key is None else jax.random.fold_in(key, index)
 
-        def total(params: Params) -> tuple[jax.Array, LossSum]:
+        def total(params: Params) -> tuple[jax.Array, LossOutput]:
             sums = loss_fn(params, micro, micro_key)
             return sums.loss_sum, sums
 
@@ -72,8 +72,8 @@ def accumulate(
         return grads_of(jax.tree.map(lambda rows: rows[0], micros), 0)
 
     def body(
-        carry: tuple[LossSum, Params], scanned: tuple[TokenBatch, jax.Array]
-    ) -> tuple[tuple[LossSum, Params], None]:
+        carry: tuple[LossOutput, Params], scanned: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[LossOutput, Params], None]:
         sums, grads = grads_of(*scanned)
         return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
@@ -89,7 +89,7 @@ def make_train_step(
     schedule: optax.Schedule,
     shardings: StateShardings,
     options: StepOptions,
-) -> Callable[[TrainState, TokenBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """The training step, not yet jitted.
 
     Returns:
@@ -98,9 +98,7 @@ def make_train_step(
         metrics a step late without a wrong update in between.
     """
 
-    def step(
-        state: TrainState, batch: TokenBatch, seed_key: jax.Array, proceed: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, seed_key: jax.Array, proceed: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(seed_key, state.step)
         sums, grads = accumulate(loss_fn, state.params, batch, key, options.plan)
         tokens = jnp.maximum(sums.weight_sum, 1.0)
@@ -123,10 +121,10 @@ def make_train_step(
 
         metrics: Metrics = {
             "learning/loss": loss,
-            "learning/z_loss": sums.z_sum / tokens,
             "learning/total_weights": sums.weight_sum,
             "learning/lr": jnp.asarray(schedule(_updates_made(state)), jnp.float32),
             "finite": finite,
+            **{name: _divide(mean) for name, mean in sums.metrics.items()},
         }
         if options.report_norms:
             clipped = raw_norm if options.clip_norm == 0 else jnp.minimum(raw_norm, options.clip_norm)
@@ -142,7 +140,7 @@ def make_train_step(
 
 def jit_train_step(
     step: Callable[..., tuple[TrainState, Metrics]], shardings: StateShardings, batch_sharding: Any
-) -> Callable[[TrainState, TokenBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """Compiles the step with the state donated: its memory is reused for the new state."""
     whole = shardings.state.step
     return jax.jit(
@@ -153,10 +151,10 @@ def jit_train_step(
     )
 
 
-def make_eval_step(loss_fn: LossFn, rows: int) -> Callable[[Params, TokenBatch], LossSum]:
+def make_eval_step(loss_fn: LossFn, rows: int) -> Callable[[Params, Batch], LossOutput]:
     """The sums of a batch's first `rows` rows without dropout or gradients, not yet jitted."""
 
-    def step(params: Params, batch: TokenBatch) -> LossSum:
+    def step(params: Params, batch: Batch) -> LossOutput:
         return loss_fn(params, jax.tree.map(lambda field: field[:rows], batch), None)
 
     return step
@@ -165,6 +163,10 @@ def make_eval_step(loss_fn: LossFn, rows: int) -> Callable[[Params, TokenBatch],
 def _updates_made(state: TrainState) -> jax.Array:
     """What the optimizer's schedule counts: skipped steps don't, so it may lag behind the completed steps."""
     return optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
+
+
+def _divide(mean: Mean) -> jax.Array:
+    return mean.sum / jnp.where(mean.weight == 0, 1.0, mean.weight)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

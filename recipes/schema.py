@@ -27,14 +27,16 @@ from recipes.sections.base import (
 )
 from recipes.sections.data import DataSection, EvalSection, MixtureEntry
 from recipes.sections.model import MESH_AXES, MeshSection, ModelSection, TokenizerSection
+from recipes.sections.posttrain_data import PosttrainDataSection, RecordsSection
 from recipes.sections.run import CheckpointSection, LoggingSection, RunSection
 from recipes.sections.training import OptimizerSection, ScheduleSection, TrainSection
 
 __all__ = [
     "MESH_AXES", "RECIPE_KINDS", "CheckpointSection", "DataSection", "EvalSection", "FrozenMap", "LoggingSection",
-    "MeshSection", "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection", "PretrainRecipe", "Problem",
-    "Recipe", "RuleError", "RunSection", "ScheduleSection", "Section", "TokenizerSection", "TrainSection", "Unless",
-    "conditions", "effective_values", "flatten", "plain", "recipe_hash", "spell",
+    "MeshSection", "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection", "PosttrainDataSection",
+    "PretrainRecipe", "Problem", "Recipe", "RuleError", "RunSection", "SFTRecipe", "ScheduleSection", "Section",
+    "TokenizerSection", "TrainSection", "TrainingRecipe", "Unless", "conditions", "effective_values", "flatten",
+    "plain", "recipe_hash", "spell",
 ]  # fmt: skip
 
 
@@ -70,13 +72,11 @@ class Recipe(Section):
                 yield no_effect(key, value, default, condition, switch, chosen)
 
 
-class PretrainRecipe(Recipe):
-    """Next-token training from random weights, or on from a checkpoint."""
+class TrainingRecipe(Recipe):
+    """What every kind of recipe has that trains a model."""
 
-    kind: Literal["pretrain"] = "pretrain"
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
-    data: DataSection = DataSection()
     eval: EvalSection = EvalSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -85,7 +85,7 @@ class PretrainRecipe(Recipe):
     checkpoint: CheckpointSection = CheckpointSection()
 
     def cross_problems(self) -> Iterator[Problem]:
-        """Yields the rules of pretraining that need several sections; keys are dotted."""
+        """Yields the rules of training that need several sections; keys are dotted."""
         yield from super().cross_problems()
         if self.model.preset is None and self.model.hf_path is None:
             yield Problem(
@@ -93,22 +93,6 @@ class PretrainRecipe(Recipe):
                 None,
                 "a model has an architecture",
                 "set model.preset (see models/presets) or model.hf_path",
-            )
-        real = self.data.kind != "synthetic"
-        if real and self.tokenizer.path is None and self.tokenizer.kind != "bytes":
-            yield Problem(
-                "tokenizer.path",
-                None,
-                f"data.kind={self.data.kind} reads text",
-                "set tokenizer.path to a folder, a hub id, a .model file, or bytes",
-            )
-        own_split = any((self.data.eval_path, self.data.eval_name, self.data.eval_split))
-        if real and self.eval.interval > 0 and not own_split:
-            yield Problem(
-                "eval.interval",
-                self.eval.interval,
-                "evaluation would read the training rows",
-                "set data.eval_split, data.eval_name or data.eval_path, or eval.interval=0",
             )
         many = self.mesh.num_processes is not None and self.mesh.num_processes > 1
         if many and self.run.dir is None:
@@ -119,8 +103,58 @@ class PretrainRecipe(Recipe):
                 "set run.dir to a folder that all of them see",
             )
 
+    def held_out_problems(self, data: DataSection | RecordsSection) -> Iterator[Problem]:
+        """Yields the problem of an evaluation that would read what is trained on."""
+        if self.eval.interval > 0 and not any((data.eval_path, data.eval_name, data.eval_split)):
+            yield Problem(
+                "eval.interval",
+                self.eval.interval,
+                "evaluation would read the training rows",
+                "set data.eval_split, data.eval_name or data.eval_path, or eval.interval=0",
+            )
 
-RECIPE_KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe}
+    def tokenizer_problems(self, why: str) -> Iterator[Problem]:
+        """Yields the problem of a recipe that reads text, as `why` says, and names no tokenizer."""
+        if self.tokenizer.path is None and self.tokenizer.kind != "bytes":
+            yield Problem(
+                "tokenizer.path", None, why, "set tokenizer.path to a folder, a hub id, a .model file, or bytes"
+            )
+
+
+class PretrainRecipe(TrainingRecipe):
+    """Next-token training from random weights, or on from a checkpoint."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    data: DataSection = DataSection()
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of pretraining that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        if self.data.kind != "synthetic":
+            yield from self.tokenizer_problems(f"data.kind={self.data.kind} reads text")
+            yield from self.held_out_problems(self.data)
+
+
+class SFTRecipe(TrainingRecipe):
+    """Supervised fine-tuning on examples to imitate."""
+
+    kind: Literal["sft"] = "sft"
+    data: PosttrainDataSection
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of fine-tuning that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        yield from self.tokenizer_problems("examples are text")
+        yield from self.held_out_problems(self.data)
+
+
+SECTION_ORDER = (
+    "kind", "model", "teacher", "tokenizer", "data", "lora", "dpo", "distill", "eval", "optimizer", "schedule", "train",
+    "mesh", "checkpoint", "run", "logging",
+)  # fmt: skip
+"""How a recipe is printed."""
+
+RECIPE_KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "sft": SFTRecipe}
 
 
 def effect_conditions(recipe: type[Recipe]) -> Iterator[tuple[str, OnlyWhen, str]]:
@@ -164,8 +198,7 @@ def effective_values(recipe: Recipe) -> dict[str, Any]:
         if not condition.holds(lookup(recipe, switch)):
             section, _, field = key.partition(".")
             values[section].pop(field, None)
-    order = ("kind", *(name for name in values if name not in ("kind", "run", "logging")), "run", "logging")
-    return {name: values[name] for name in order}
+    return {name: values[name] for name in sorted(values, key=SECTION_ORDER.index)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,40 +1,5 @@
-"""What every loss of post-training returns.
+"""What every loss of post-training returns: pretraining's sums, under the name that this package knows them by."""
 
-A loss never divides: it gives a numerator and a weight, and the step divides once, over all micro-batches and devices.
-Metrics are kept the same way, each with a weight of its own.
-"""
+from pretrain.sums import LossOutput, Mean, masked_mean
 
-from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Mean:
-    """A mean before division: float32 scalars."""
-
-    sum: Float[Array, ""]
-    weight: Float[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LossOutput:
-    """A loss before division."""
-
-    loss_sum: Float[Array, ""]
-    """Numerator, float32. The only differentiable field."""
-    weight_sum: Float[Array, ""]
-    """Divisor: tokens, sequences or pairs, as the loss says."""
-    metrics: dict[str, Mean]
-    """Further means under the names of the log, such as `policy/kl`."""
-
-
-def masked_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Mean:
-    """The weighted mean of `values`, before division; where a weight is 0 the value is ignored, NaN included."""
-    weights = weights.astype(jnp.float32)
-    kept = jnp.where(weights != 0, values.astype(jnp.float32), 0.0)
-    return Mean(jax.lax.stop_gradient((kept * weights).sum()), weights.sum())
+__all__ = ["LossOutput", "Mean", "masked_mean"]

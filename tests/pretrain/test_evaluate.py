@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.ops.vocab import LossSum
 from pretrain.data.batch import FIELD_NAMES, TextTotals, TokenBatch
 from pretrain.evaluate import evaluate, perplexity
+from pretrain.losses import Z_LOSS
+from pretrain.sums import LossOutput, Mean
 
 
 class Batches:
@@ -50,11 +51,15 @@ class Batches:
         return TextTotals(sum(self.tokens[: self.read]), sum(self.text_bytes[: self.read]) if self.text else 0)
 
 
-def step(params: Any, batch: TokenBatch) -> LossSum:
+def step(params: Any, batch: TokenBatch) -> LossOutput:
     index = int(batch.inputs[0, 0])
     loss, tokens = Batches.losses[index], Batches.tokens[index]
     # A tenth of each loss is the z term.
-    return LossSum(jnp.float32(loss * tokens), jnp.float32(0.1 * loss * tokens), jnp.float32(tokens))
+    return LossOutput(
+        jnp.float32(loss * tokens),
+        jnp.float32(tokens),
+        {Z_LOSS: Mean(jnp.float32(0.1 * loss * tokens), jnp.float32(tokens))},
+    )
 
 
 def run(batches: Any, num_batches: int | None) -> dict[str, float]:

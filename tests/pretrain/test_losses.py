@@ -11,7 +11,7 @@ from models.config import load_preset
 from models.functional import FunctionalModel
 from models.parameters import flatten
 from pretrain.data.batch import TokenBatch
-from pretrain.losses import make_loss_fn
+from pretrain.losses import Z_LOSS, make_loss_fn
 from recipes.schema import ModelSection
 
 CONFIG = load_preset("tiny-gemma2").replace(embed_dim=16, mlp_dim=24, num_layers=2, vocab_size=40, logits_softcap=5.0)
@@ -38,7 +38,7 @@ def test_the_sums_are_those_of_the_logits(rng: np.random.Generator, framework: A
     nll = lse - np.take_along_axis(wide, np.asarray(rows.targets)[..., None], -1)[..., 0]
     real = SEGMENTS != 0
     assert float(sums.weight_sum) == real.sum() == 21
-    np.testing.assert_allclose(sums.z_sum, 0.01 * (lse[real] ** 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.metrics[Z_LOSS].sum, 0.01 * (lse[real] ** 2).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.loss_sum, nll[real].sum() + 0.01 * (lse[real] ** 2).sum(), rtol=1e-5)
 
 

@@ -3,6 +3,7 @@
 The toy's loss of one token is w[input] * target, so its gradient is target at the row that the input names.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,14 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.config import load_preset
 from models.functional import FunctionalModel
 from models.mesh import make_mesh
-from models.ops.vocab import LossSum
 from models.parameters import flatten
 from pretrain.batching import BatchPlan
 from pretrain.data.batch import TokenBatch
-from pretrain.losses import make_loss_fn
+from pretrain.losses import Z_LOSS, make_loss_fn
 from pretrain.optimizers import train_only
 from pretrain.state import StateShardings, TrainState
 from pretrain.step import StepOptions, accumulate, jit_train_step, make_eval_step, make_train_step
+from pretrain.sums import LossOutput, Mean
 from recipes.schema import MeshSection, ModelSection
 
 KEY = jax.random.key(0)
@@ -37,10 +38,10 @@ def batch_of(inputs: Any, targets: Any, segmentation: Any = None) -> TokenBatch:
     return TokenBatch(inputs, position, segments, targets, position, segments)
 
 
-def toy_loss(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossSum:
+def toy_loss(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossOutput:
     weights = (batch.targets_segmentation != 0).astype(jnp.float32)
     loss = params["w"][batch.inputs].astype(jnp.float32) * batch.targets * weights
-    return LossSum(loss.sum(), 0.5 * loss.sum(), weights.sum())
+    return LossOutput(loss.sum(), weights.sum(), {Z_LOSS: Mean(0.5 * loss.sum(), weights.sum())})
 
 
 def plan(rows: int, microbatches: int = 1, trained: int | None = None) -> BatchPlan:
@@ -114,7 +115,7 @@ def test_accumulated_gradients_of_a_model_equal_the_big_batch(rng: np.random.Gen
     (whole, expected), (sums, grads) = run(1), run(microbatches)
     assert float(sums.weight_sum) == float(whole.weight_sum) == lengths.sum() == 42
     np.testing.assert_allclose(sums.loss_sum, whole.loss_sum, rtol=1e-6)
-    np.testing.assert_allclose(sums.z_sum, whole.z_sum, rtol=1e-6)
+    np.testing.assert_allclose(sums.metrics[Z_LOSS].sum, whole.metrics[Z_LOSS].sum, rtol=1e-6)
     found = dict(flatten(grads))
     for path, leaf in flatten(expected):
         scale = float(jnp.abs(leaf).max())
@@ -140,11 +141,11 @@ def test_states_of_narrow_parameters_keep_their_dtypes() -> None:
 def test_each_micro_batch_draws_its_own_noise_whatever_the_tokens_of_the_others() -> None:
     """The key folds the micro-batch's index in; folded with running token counts, an empty one would repeat a key."""
 
-    def noisy(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossSum:
+    def noisy(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossOutput:
         assert key is not None
         sums = toy_loss(params, batch, key)
         draw = jax.random.uniform(key) * params["w"][0]
-        return LossSum(sums.loss_sum * 0 + draw, sums.z_sum, sums.weight_sum)
+        return dataclasses.replace(sums, loss_sum=sums.loss_sum * 0 + draw)
 
     def draws(segmentation: list[list[int]]) -> list[float]:
         """What each micro-batch drew: the loss with one micro-batch more, less the loss without."""
@@ -163,10 +164,10 @@ def test_each_micro_batch_draws_its_own_noise_whatever_the_tokens_of_the_others(
 
 
 def test_the_same_state_repeats_a_step_and_the_next_step_draws_anew() -> None:
-    def noisy(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossSum:
+    def noisy(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossOutput:
         sums = toy_loss(params, batch, key)
         assert key is not None
-        return LossSum(sums.loss_sum * jax.random.uniform(key), sums.z_sum, sums.weight_sum)
+        return dataclasses.replace(sums, loss_sum=sums.loss_sum * jax.random.uniform(key))
 
     rows = batch_of([[0]], [[1]])
     machine = Machine({"w": jnp.ones(1)}, sgd(0.0), noisy)
@@ -209,10 +210,10 @@ GOOD, BAD, ENDLESS = batch_of([[0]], [[2]]), batch_of([[1]], [[1]]), batch_of([[
 POISON = {"w": jnp.array([1.0, jnp.nan, 0.0])}
 
 
-def rooted(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossSum:
+def rooted(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossOutput:
     sums = toy_loss(params, batch, key)
     root = jax.lax.cond(batch.inputs[0, 0] == 2, lambda: jnp.sqrt(params["w"][2]), lambda: 0.0)
-    return LossSum(sums.loss_sum + root, sums.z_sum, sums.weight_sum)
+    return dataclasses.replace(sums, loss_sum=sums.loss_sum + root)
 
 
 @pytest.mark.parametrize("bad", [BAD, ENDLESS], ids=["loss", "gradient"])
@@ -318,7 +319,7 @@ def test_the_state_is_donated() -> None:
 def test_evaluation_sums_the_first_rows_without_noise() -> None:
     seen = []
 
-    def watched(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossSum:
+    def watched(params: Any, batch: TokenBatch, key: jax.Array | None) -> LossOutput:
         seen.append(key)
         return toy_loss(params, batch, key)
 

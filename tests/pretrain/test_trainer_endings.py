@@ -18,9 +18,9 @@ from models.checkpoints import store
 from models.checkpoints.manager import SaveError, latest_verified, list_steps
 from models.tokenizer import load_tokenizer
 from posttrain.cli import main
-from pretrain import trainer
 from pretrain.data import FIELD_NAMES, make_train_iterator
 from pretrain.guard import EXIT_INTERRUPTED, EXIT_NOT_FINITE, DataEnded, NonFiniteError
+from pretrain.session import TrainingSession
 from recipes.load import load_recipe
 from recipes.metrics import read_metrics
 from recipes.rundir import checkpoints_dir, metrics_path
@@ -142,7 +142,7 @@ def test_data_that_ends_early_is_an_error_that_keeps_what_was_learnt(folder: Pat
     available = sum(1 for _ in counted)
     counted.close()
     assert available > 5
-    with pytest.raises(DataEnded, match=rf"data\.num_epochs=1: the data ended after {available} of train\.steps=1000"):
+    with pytest.raises(DataEnded, match=rf"train\.steps=1000: the data ended after {available} steps"):
         train(short, "ends", *section)
     assert list(losses(short / "ends")) == list(range(1, available + 1))
     assert list_steps(checkpoints_dir(short / "ends")) == [available]
@@ -208,7 +208,7 @@ def test_an_error_in_the_loop_closes_what_is_open(folder: Path, monkeypatch: pyt
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Pretrainer, "_report", fails)
+        patch.setattr(TrainingSession, "_report", fails)
         with pytest.raises(RuntimeError, match="a bug"):
             train(
                 folder, "fails", "checkpoint.interval=3", f"data.eval_path={folder / 'corpus.txt'}", "eval.interval=4"

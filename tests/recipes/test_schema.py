@@ -18,6 +18,7 @@ from recipes.schema import (
     ModelSection,
     OptimizerSection,
     PretrainRecipe,
+    Recipe,
     RuleError,
     RunSection,
     ScheduleSection,
@@ -328,7 +329,7 @@ def test_kinds_are_registered_under_their_own_tag():
 
 
 def test_a_new_kind_is_one_class_with_its_sections():
-    class TinyRecipe(PretrainRecipe.__mro__[1]):
+    class TinyRecipe(Recipe):
         kind: str = "tiny"
         schedule: ScheduleSection = ScheduleSection()
 

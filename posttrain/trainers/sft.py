@@ -1,0 +1,97 @@
+"""Supervised fine-tuning on Tunix's PeftTrainer.
+
+    for each step:  batch     = rows of examples; only the answer's tokens are trained
+                    loss      = sum of -log p(token | all before it) over trained tokens / their number
+
+The loss and the step are pretraining's: a packed or padded row says in `targets_segmentation` which of its targets are
+trained. What differs from Tunix's default: rows are packed, logits exist a chunk at a time, micro-batches are weighed
+by tokens, and parameters are donated.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+from tunix.sft.peft_trainer import PeftTrainer
+
+from models.sharding import activation_mesh
+from models.tokenizer import load_tokenizer
+from posttrain.bundle import ModelBundle
+from posttrain.data.build import make_sft_eval_iterator, make_sft_iterator
+from posttrain.trainers.tunix_loop import NO_OPTIMIZER, attach, drive_with, driven_config, session_step, silent_logger
+from pretrain.losses import make_loss_fn
+from pretrain.runtime import require_shared_directory, runtime
+from pretrain.session import Result, TrainingSession, run_session
+from pretrain.setup import Setup, prepare_model
+from pretrain.step import Batch
+from pretrain.trainer import token_work
+from recipes.load import LoadedRecipe
+from recipes.rundir import create_run
+from recipes.schema import SFTRecipe
+
+logger = logging.getLogger(__name__)
+
+
+class SFTTrainer(PeftTrainer):
+    """Tunix's trainer, driven by a session."""
+
+    def __init__(self, bundle: ModelBundle, session: TrainingSession) -> None:
+        super().__init__(bundle.policy(session.state.params), NO_OPTIMIZER, driven_config(), silent_logger())
+        self._session = session
+        attach(self, session)
+
+    def create_train_step_fn(self):
+        """The session's step in place of Tunix's."""
+        return self._step
+
+    def _step(self, batch: Batch) -> tuple[jax.Array, None, jax.Array]:
+        return session_step(self._session, batch)
+
+    def _write_train_metrics(self) -> None:
+        self._buffered_train_metrics = None
+
+
+def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
+    """Runs a recipe of kind sft to its end.
+
+    Raises:
+        ValueError: the recipe doesn't fit the model, the data, the devices or the run it resumes.
+        NonFiniteError: loss or gradients became non-finite and train.on_nonfinite=stop.
+        Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    recipe = loaded.recipe
+    assert isinstance(recipe, SFTRecipe), recipe.kind
+    with runtime(recipe.train, recipe.mesh):
+        require_shared_directory(recipe.run)
+        setup = prepare(recipe)
+        with create_run(recipe, argv, jax.process_index() == 0) as attempt:
+            logger.info(attempt.story)
+            with activation_mesh(setup.mesh, setup.rules):
+                bundle = ModelBundle(setup)
+                logger.info(bundle.memory_table(recipe.optimizer))
+                work = token_work(recipe, setup, sequence_length=recipe.data.sequence_length)
+                return run_session(
+                    recipe, setup, work, attempt, loop=lambda session: drive_with(SFTTrainer(bundle, session))
+                )
+
+
+def prepare(recipe: SFTRecipe) -> Setup:
+    """Builds and checks the parts of a run."""
+    parts = prepare_model(recipe, sequence_length=recipe.data.sequence_length)
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    shared = {
+        "vocab_size": parts.config.vocab_size,
+        "add_bos": recipe.tokenizer.add_bos,
+        "add_eos": recipe.tokenizer.add_eos,
+        "host_index": parts.share.index,
+        "host_count": parts.share.count,
+    }
+    rows, eval_rows = (plan.rows_loaded // parts.share.count for plan in (parts.plan, parts.eval_plan))
+    training = make_sft_iterator(recipe.data, tokenizer, rows_per_batch=rows, **shared)
+    held_out = None
+    if recipe.eval.interval > 0:
+        held_out = make_sft_eval_iterator(recipe.data, tokenizer, rows_per_batch=eval_rows, **shared)
+    loss_fn = make_loss_fn(
+        parts.model, z_loss=recipe.train.z_loss, chunk_size=parts.chunk_size, trainable=parts.trainable
+    )
+    return Setup(**vars(parts), train_iterator=training, eval_iterator=held_out, loss_fn=loss_fn)

@@ -1,0 +1,89 @@
+"""The sections that only post-training has: adapters, preferences, teachers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from recipes.sections.base import AsTuple, OnlyWhen, Problem, Section, Unless
+from recipes.sections.model import ModelSection
+
+WITH_ADAPTERS = Unless("rank", 0)
+
+
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685): the base stays as it is."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of each adapter; 0 trains the whole model."""
+    alpha: Annotated[float, Field(gt=0.0), WITH_ADAPTERS] = 16.0
+    """An adapter is scaled by alpha / rank."""
+    modules: Annotated[tuple[str, ...], AsTuple, WITH_ADAPTERS] = ("self_attention/(query|key|value|out)", "mlp/")
+    """Regular expressions; a kernel whose path one of them matches gets an adapter."""
+    base_quantization: Annotated[Literal["none", "nf4", "int8"], WITH_ADAPTERS] = "none"
+    """The number format in which adapted kernels rest (QLoRA, https://arxiv.org/abs/2305.14314)."""
+    quantization_tile: Annotated[int, Field(ge=1), Unless("base_quantization", "none")] = 64
+    """Inputs of a kernel that share one scale; it divides the kernel's input size."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yields patterns that are no regular expressions."""
+        for pattern in self.modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield Problem(
+                    "modules", list(self.modules), f"{pattern!r} is no regular expression ({error})", "correct it"
+                )
+        if self.rank > 0 and not self.modules:
+            yield Problem("modules", [], "adapters belong to some kernels", "name some, or set lora.rank=0")
+
+
+class DPOSection(Section):
+    """The loss over pairs of a chosen and a rejected answer."""
+
+    loss: Literal["dpo", "cdpo", "ipo", "orpo", "simpo"] = "dpo"
+    """dpo (Rafailov et al. 2023), cdpo (with label smoothing), ipo (Azar et al. 2023), orpo (Hong et al. 2024), simpo
+    (Meng et al. 2024)."""
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """How strongly the policy is held to the reference; orpo's lambda."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5), OnlyWhen("loss", "dpo", "cdpo")] = 0.0
+    """The share of pairs whose preference is taken to be reversed."""
+    gamma: Annotated[float, Field(ge=0.0), OnlyWhen("loss", "simpo")] = 0.5
+    """simpo's margin between the two average log-probabilities, times beta."""
+    reference: Annotated[Literal["model", "cached"], OnlyWhen("loss", "dpo", "cdpo", "ipo")] = "model"
+    """model runs the frozen reference at each step; cached computes its log-probabilities once and keeps them."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yields a conservative loss without its smoothing."""
+        if self.loss == "cdpo" and self.label_smoothing == 0.0:
+            yield Problem(
+                "label_smoothing", 0.0, "dpo.loss=cdpo without smoothing is dpo", "set dpo.label_smoothing above 0"
+            )
+
+
+class DistillSection(Section):
+    """What the student learns from its teacher (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
+
+    mode: Literal["offline", "on_policy"] = "offline"
+    """offline reads rows of data; on_policy lets the student write, and the teacher scores what it wrote."""
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """KL(teacher || student), or the reverse."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides both logits in the divergence, which is then multiplied by its square."""
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """The divergence's share of the loss; the rest is cross entropy of the labels."""
+    transfer: Literal["hidden", "topk"] = "hidden"
+    """What crosses from teacher to student: final hidden states, or the top logits with the mass of the tail."""
+    topk: Annotated[int, Field(ge=1), OnlyWhen("transfer", "topk")] = 64
+    """Logits of each token that cross."""
+    feature_loss: Literal["none", "cosine", "l2"] = "none"
+    """A loss between final hidden states of the same width, beside the divergence."""
+    feature_weight: Annotated[float, Field(ge=0.0), Unless("feature_loss", "none")] = 0.0
+    """The weight of the feature loss."""
+
+
+class TeacherSection(ModelSection):
+    """The frozen teacher: a model of its own, with the same vocabulary."""
