@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain.verbs import convert as convert_verb
+from posttrain.verbs import inspect_data as inspect_data_verb
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
 
 USER_ERROR = 2
@@ -162,6 +163,7 @@ def train(loaded: LoadedRecipe, trainer: str) -> None:
 
 
 convert_verb.register(app)
+inspect_data_verb.register(app)
 
 
 def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
