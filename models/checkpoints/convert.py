@@ -12,50 +12,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from models.checkpoints import manager, store
-from models.checkpoints.hf_config import CONFIG_FILE
+from models.checkpoints.contents import (
+    Contents,
+    Kind,
+    Origin,
+    files_dtype,
+    find_origin,
+    read_foreign,
+    read_huggingface,
+    read_ours,
+)
+from models.checkpoints.hf_config import read_json
 from models.checkpoints.hf_files import DTYPES
-from models.checkpoints.huggingface import import_hf
-from models.checkpoints.layouts import Framework, from_disk, to_disk
-from models.checkpoints.manifest import sync_folder
+from models.checkpoints.huggingface import ModelCard, export_hf
+from models.checkpoints.layouts import Framework, to_disk
+from models.checkpoints.manifest import EVERYTHING, hash_files, sync_folder
+from models.checkpoints.maxtext import maxtext_items
 from models.checkpoints.restack import Layout, map_param_trees, restack_moments, restack_params
-from models.checkpoints.run_info import FORMAT, RUN_INFO_NAME, RunInfo, read_run_info
-from models.config import TransformerConfig, build_config
-from models.parameters import flatten, param_specs, unflatten
-from recipes.schema import CheckpointSection, ModelSection
+from models.checkpoints.run_info import FORMAT
+from models.config import TransformerConfig
+from models.parameters import flatten, unflatten
+from models.tokenizer import load_tokenizer
+from recipes.schema import CheckpointSection, ModelSection, TokenizerSection
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["ours", "hf", "maxtext"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a path turned out to be."""
-
-    kind: Kind
-    folder: Path
-    """A step folder of ours, a Hugging Face folder, or MaxText's `items`."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A checkpoint in memory, in our numerics."""
-
-    config: TransformerConfig
-    params: dict[str, Any]
-    """NumPy arrays in Linen's naming."""
-    moments: Any | None
-    """The optimizer's state as nested dicts; None where there is none."""
-    step: Any
-    """Completed steps, a scalar in its stored dtype."""
-    layout: Layout
-    info: RunInfo | None
-    """What the run that wrote a checkpoint of ours said of it."""
+# What the hub's own tools split at: files below it are served and cached without special treatment.
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,8 @@ class Target:
     dtype: str | None
     """Of the parameters, and of moments that had the parameters' dtype; None keeps each."""
     params_only: bool
+    tokenizer: Path | None = None
+    """A folder whose tokenizer goes into a Hugging Face folder."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +73,22 @@ class Converted:
     target: Target
 
 
-def convert(source: Path, destination: Path, target: Target, *, from_step: int | None) -> Converted:
+def convert(
+    source: Path,
+    destination: Path,
+    target: Target,
+    *,
+    config: TransformerConfig | None,
+    from_step: int | None,
+) -> Converted:
     """Converts a checkpoint.
 
     Args:
         source: as `find_origin` takes it.
-        destination: a folder that does not exist, or is empty. For ours it becomes a `checkpoints` folder.
+        destination: a folder that does not exist, or is empty. For ours and for MaxText it becomes a `checkpoints`
+            folder.
         target: what to write.
+        config: the architecture of MaxText's trees, which do not say it; None for the others, which do.
         from_step: which of several steps to read; None takes the newest.
 
     Raises:
@@ -98,114 +97,108 @@ def convert(source: Path, destination: Path, target: Target, *, from_step: int |
     """
     require_free(destination)
     origin = find_origin(source, from_step=from_step)
-    contents = read(origin, target)
+    _require_sense(origin, target, config)
+    contents = read(origin, target, config)
+    for note in contents.notes:
+        logger.info("%s: %s", origin.folder, note)
     arranged = arrange(contents, target)
     written = write(destination, arranged, target, origin)
     return Converted(origin, contents, written, target)
 
 
-def read(origin: Origin, target: Target) -> Contents:
+def _require_sense(origin: Origin, target: Target, config: TransformerConfig | None) -> None:
+    """Raises ValueError for options that the formats give no meaning."""
+    if origin.kind == "maxtext" and config is None:
+        raise ValueError(
+            f"{origin.folder}: has no run.json of ours, so it is read as MaxText's, whose checkpoints do not say their "
+            "architecture; name it with --model, a preset or a recipe"
+        )
+    if origin.kind != "maxtext" and config is not None:
+        raise ValueError(f"--model: {origin.folder} says its own architecture; remove the option")
+    if target.format == "hf" and target.scan_layers is not None:
+        raise ValueError("--scan: a Hugging Face folder has a tensor for each layer; remove --scan or --no-scan")
+    if target.format != "hf" and target.tokenizer is not None:
+        raise ValueError("--tokenizer: only a Hugging Face folder holds a tokenizer; remove it, or use --to hf")
+
+
+def read(origin: Origin, target: Target, config: TransformerConfig | None) -> Contents:
     """Reads any checkpoint whole."""
     if origin.kind == "ours":
         return read_ours(origin.folder)
-    assert origin.kind == "hf"
+    if origin.kind == "maxtext":
+        assert config is not None
+        return read_foreign(origin.folder, config)
     scan = ModelSection().scan_layers if target.scan_layers is None else target.scan_layers
-    return read_huggingface(origin.folder, scan_layers=scan, dtype=target.dtype or "float32")
+    return read_huggingface(origin.folder, scan_layers=scan, dtype=files_dtype(origin.folder))
 
 
 def write(destination: Path, contents: Contents, target: Target, origin: Origin) -> Path:
-    """Writes arranged contents in the target's format."""
+    """Writes arranged contents in the target's format; returns what to read again."""
+    if target.format == "hf":
+        _write_huggingface(destination, contents, target, origin)
+        return destination
+    if target.format == "maxtext":
+        return _write_maxtext(destination, contents)
     framework: Framework = "nnx" if target.format == "nnx" else "linen"
     return write_ours(destination, contents, framework=framework, origin=origin.kind)
 
 
-def find_origin(path: Path, *, from_step: int | None) -> Origin:
-    """Finds out what lies at a path.
-
-    Args:
-        path: a run, its checkpoints, a step or its items; or a folder with config.json.
-        from_step: which step of several; None takes the newest.
-
-    Raises:
-        ValueError: nothing that can be read lies there.
-    """
-    if (path / CONFIG_FILE).is_file():
-        if from_step is not None:
-            raise ValueError(f"--from-step={from_step}: {path} is a Hugging Face folder, which has no steps; remove it")
-        return Origin("hf", path)
-    folder = _step_folder(path, from_step)
-    if (folder / RUN_INFO_NAME).is_file():
-        return Origin("ours", folder)
-    for items in (folder, folder / manager.ITEMS_NAME):
-        if (items / store.METADATA_FILE).is_file():
-            # The marker is missing, so the tree's names alone would mislead: its numerics are MaxText's.
-            return Origin("maxtext", items)
-    state = "holds no checkpoint" if path.exists() else "does not exist"
-    raise ValueError(
-        f"{path}: {state}: a checkpoint is a run, its checkpoints, a step folder or its items, or a Hugging Face "
-        "folder; correct the path"
+def _write_huggingface(destination: Path, contents: Contents, target: Target, origin: Origin) -> None:
+    if contents.moments is not None:
+        logger.warning(
+            "%s: the optimizer's state stays behind, as the format has no place for it; keep %s to train on",
+            destination,
+            origin.folder,
+        )
+    tokenizer = target.tokenizer
+    if tokenizer is None and origin.kind == "hf" and (origin.folder / "tokenizer_config.json").is_file():
+        tokenizer = origin.folder
+    dtypes = {str(leaf.dtype) for _, leaf in flatten(contents.params)}
+    card = ModelCard(
+        name=destination.name,
+        base_model=None,
+        how=f"Converted by `posttrain convert` after {int(contents.step)} steps of training.",
     )
-
-
-def _step_folder(path: Path, from_step: int | None) -> Path:
-    roots = [root for root in (path, path / "checkpoints") if manager.list_steps(root)]
-    if not roots:
-        if from_step is not None:
-            raise ValueError(f"--from-step={from_step}: {path} is no folder of steps; name the run, or drop the option")
-        return path.parent if path.name == manager.ITEMS_NAME and (path.parent / RUN_INFO_NAME).is_file() else path
-    steps = manager.list_steps(roots[0])
-    if from_step is not None and from_step not in steps:
-        raise ValueError(f"--from-step={from_step}: {roots[0]} has the steps {steps}; choose one of them")
-    return roots[0] / str(steps[-1] if from_step is None else from_step)
-
-
-def read_ours(step_dir: Path) -> Contents:
-    """Reads a step of ours, every file of it verified first.
-
-    Raises:
-        ValueError: it is damaged, or has no format marker of ours.
-    """
-    problems = manager.step_problems(step_dir, "full")
-    if problems:
-        raise ValueError(
-            f"{step_dir}: is damaged and was not converted; choose another step with --from-step:\n  "
-            + "\n  ".join(problems)
+    with appearing_whole(destination) as place:
+        export_hf(
+            place,
+            contents.config,
+            contents.params,
+            param_scan_axis=contents.layout.param_scan_axis,
+            dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+            max_shard_bytes=MAX_SHARD_BYTES,
+            tokenizer_source=tokenizer,
+            generation=_generation(origin, tokenizer),
+            card=card,
         )
-    info = read_run_info(step_dir)
-    config = build_config(info.model, where=str(step_dir / RUN_INFO_NAME))
-    params, moments, step = from_disk(store.read_host(step_dir / manager.ITEMS_NAME, only=None))
-    layout = Layout(info.scan_layers, info.param_scan_axis)
-    contents = Contents(config, params, moments, step, layout, info)
-    require_fitting(contents, where=str(step_dir))
-    return contents
+        hash_files(place, share=EVERYTHING)
 
 
-def read_huggingface(folder: Path, *, scan_layers: bool, dtype: str) -> Contents:
-    """Reads a Hugging Face folder, which has neither moments nor steps."""
-    layout = Layout(scan_layers, 1)
-    config, params = import_hf(folder, scan_layers=scan_layers, param_scan_axis=1, dtype=dtype)
-    return Contents(config, params, None, np.int32(0), layout, None)
+def _generation(origin: Origin, tokenizer: Path | None) -> dict[str, Any]:
+    """The content of generation_config.json: that of a Hugging Face source, else the tokenizer's own ids."""
+    path = origin.folder / "generation_config.json"
+    if origin.kind == "hf" and path.is_file():
+        return read_json(path)
+    if tokenizer is None:
+        return {}
+    found = load_tokenizer(TokenizerSection(path=str(tokenizer)))
+    ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id, "pad_token_id": found.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
-def require_fitting(contents: Contents, *, where: str) -> None:
-    """Raises ValueError naming every parameter that is missing, surplus, misshapen or not finite."""
-    layout = contents.layout
-    specs = param_specs(contents.config, scan_layers=layout.scan_layers, param_scan_axis=layout.param_scan_axis)
-    wanted, found = dict(flatten(specs)), dict(flatten(contents.params))
-    problems = [f"missing: {'/'.join(path)} {list(wanted[path].shape)}" for path in wanted if path not in found]
-    for path, leaf in found.items():
-        name = "/".join(path)
-        if path not in wanted:
-            problems.append(f"surplus: {name} {list(leaf.shape)}")
-        elif leaf.shape != wanted[path].shape:
-            problems.append(f"misshapen: {name} {list(leaf.shape)}, expected {list(wanted[path].shape)}")
-        elif not np.isfinite(leaf).all():
-            problems.append(f"not finite: {name}")
-    if problems:
-        raise ValueError(
-            f"{where}: {len(problems)} parameters: a checkpoint holds exactly what its configuration describes, in "
-            "finite numbers; correct the configuration, or use another checkpoint:\n  " + "\n  ".join(problems)
+def _write_maxtext(destination: Path, contents: Contents) -> Path:
+    """Writes a `checkpoints` folder as MaxText names it: by the index of the last step, one less than their number."""
+    if contents.info is not None:
+        logger.warning(
+            "%s: data position, seed and recipe hash of run.json stay behind, as MaxText has no place for them",
+            destination,
         )
+    items = maxtext_items(contents.config, contents.params, contents.moments, contents.step, contents.layout)
+    inside = Path(str(max(int(contents.step) - 1, 0)), manager.ITEMS_NAME)
+    with appearing_whole(destination) as place:
+        store.save(place / inside, items, options=store_options())
+        hash_files(place, share=EVERYTHING)
+    return destination / inside
 
 
 def arrange(contents: Contents, target: Target) -> Contents:

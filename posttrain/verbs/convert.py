@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from models.config import TransformerConfig
 
 FORMATS = ("linen", "nnx", "hf", "maxtext")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,6 +32,12 @@ def convert(
     params_only: Annotated[
         bool, typer.Option("--params-only", help="Leave optimizer, data position and step behind.")
     ] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Preset or recipe of a MaxText tree, which does not say it.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Its files go into a Hugging Face folder.")
+    ] = None,
     from_step: Annotated[int | None, typer.Option(metavar="N", help="Which step to read; else the newest.")] = None,
 ) -> None:
     """Convert a checkpoint: Linen, NNX, Hugging Face or MaxText, with layers stacked or not.
@@ -45,6 +54,31 @@ def convert(
     from posttrain.process import start_process
 
     start_process()
-    target = Target(format=to, scan_layers=scan, dtype=dtype, params_only=params_only)
-    done = run(source.expanduser(), destination.expanduser(), target, from_step=from_step)
+    target = Target(format=to, scan_layers=scan, dtype=dtype, params_only=params_only, tokenizer=tokenizer)
+    config = None if model is None else model_config(model)
+    done = run(source.expanduser(), destination.expanduser(), target, config=config, from_step=from_step)
     print(f"{done.written}: converted from {done.origin.folder}")
+
+
+def model_config(name: str) -> TransformerConfig:
+    """The architecture of a preset, or of a recipe's model section.
+
+    Raises:
+        ValueError: there is neither a preset nor a recipe of this name.
+    """
+    from models.checkpoints.hf_config import resolve_config
+    from models.config import load_preset, preset_names
+    from recipes.load import load_recipe, shipped_recipes
+
+    if name in preset_names():
+        return load_preset(name)
+    if name not in shipped_recipes() and not Path(name).expanduser().is_file():
+        raise ValueError(
+            f"--model={name}: neither a preset nor a recipe; presets are {', '.join(preset_names())}, and recipes are "
+            f"files or {', '.join(shipped_recipes())}"
+        )
+    recipe = load_recipe(name, []).recipe
+    section = getattr(recipe, "model", None)
+    if section is None:
+        raise ValueError(f"--model={name}: this recipe has no model section; name another")
+    return resolve_config(section)

@@ -120,10 +120,12 @@ def test_switching_framework_and_layer_layout_and_back_gives_the_same_bits(
     for first, other, scan in (("linen", "nnx", True), ("nnx", "linen", False)):
         root = tmp_path / first
         source = write_step(root / "a", config, framework=first, scan=scan, optimizer={"name": "adamw"})
-        there = convert(root / "a", root / "b", target(other, scan_layers=not scan), from_step=None).written
+        there = convert(
+            root / "a", root / "b", target(other, scan_layers=not scan), config=None, from_step=None
+        ).written
         info = read_run_info(there)
         assert (info.framework, info.scan_layers) == (other, not scan)
-        back = convert(there, root / "c", target(first, scan_layers=scan), from_step=None).written
+        back = convert(there, root / "c", target(first, scan_layers=scan), config=None, from_step=None).written
         assert_same_step(source, back)
 
 
@@ -135,8 +137,8 @@ def test_moments_of_every_optimizer_move_with_their_weights(tmp_path: Path, opti
     """
     config = config_of("llama", tied=False, num_layers=11)
     source = write_step(tmp_path / "a", config, framework="linen", scan=True, optimizer=optimizer)
-    split = convert(source, tmp_path / "b", target("linen", scan_layers=False), from_step=None).written
-    back = convert(split, tmp_path / "c", target("linen", scan_layers=True), from_step=None).written
+    split = convert(source, tmp_path / "b", target("linen", scan_layers=False), config=None, from_step=None).written
+    back = convert(split, tmp_path / "c", target("linen", scan_layers=True), config=None, from_step=None).written
     assert_same_step(source, back)
     stacked, unstacked = leaves(source), leaves(split)
     checked = 0
