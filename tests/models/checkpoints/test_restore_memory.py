@@ -26,8 +26,8 @@ def test_peak_memory_above_the_baseline_is_the_parameters_and_little_more(
 ) -> None:
     """Found: 1.22 to 1.27 as stored, 1.35 to 1.40 unrolled.
 
-    Planted: a second copy held gives 2.1 and 2.3, checking all leaves for NaN at once 1.6, memory not given back between
-    the weights that are unrolled 1.8.
+    Planted: a second copy held gives 2.1 and 2.3, checking all leaves for NaN at once 1.6, memory not given back
+    between the weights that are unrolled 1.8.
     """
     found = restore_freshly(step_dir, unrolled=unrolled, devices=8)
     assert found["devices"] == 8 and found["params_bytes"] == 2 * 307_251_200
