@@ -1,0 +1,76 @@
+"""The rewards that recipes can name."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+from rewards.base import Reward, RewardSpec, Tags
+from rewards.format_approximate import FormatApproximate
+from rewards.format_exact import FormatExact
+from rewards.gsm8k_exact import Gsm8kExact
+from rewards.length import Length
+from rewards.numbers import Numbers
+
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "gsm8k_exact": Gsm8kExact,
+    "format_exact": FormatExact,
+    "format_approximate": FormatApproximate,
+    "numbers": Numbers,
+    "length": Length,
+}
+"""Reward by name. Each is a frozen dataclass whose fields are its options."""
+
+
+def make_reward(spec: RewardSpec, tags: Tags) -> Reward:
+    """Makes a reward of the registry.
+
+    Args:
+        spec: its name and options.
+        tags: the marks that the prompt asks for; rewards that read no tags do without.
+
+    Returns:
+        The reward.
+
+    Raises:
+        ValueError: an unknown name or option, an option's value that the reward refuses, or a weight not finite.
+    """
+    where = f"rewards: {spec.name}"
+    if spec.name not in REWARDS:
+        near = get_close_matches(spec.name, REWARDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(REWARDS)}"
+        raise ValueError(f"{where}: there is no reward of this name; {hint}")
+    if not math.isfinite(spec.weight):
+        raise ValueError(f"{where}: weight={spec.weight}: a total of rewards is finite; set a finite weight")
+    make = REWARDS[spec.name]
+    fields = {field.name: field for field in dataclasses.fields(make) if field.init}  # type: ignore[arg-type]
+    options = {name for name in fields if name != "tags"}
+    for unknown in sorted(spec.options.keys() - options):
+        raise ValueError(f"{where}: option {unknown!r}: it has {', '.join(sorted(options)) or 'none'}; remove this one")
+    needed = {
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    for name in sorted(needed - spec.options.keys()):
+        raise ValueError(f"{where}: option {name!r}: this reward cannot do without; set it")
+    for name, value in spec.options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: option {name}={value}: a reward is finite; set a finite value")
+    return make(**spec.options, **({"tags": tags} if "tags" in fields else {}))
+
+
+def check_specs(specs: Sequence[RewardSpec], tags: Tags) -> None:
+    """Checks a recipe's rewards before anything starts.
+
+    Args:
+        specs: the rewards.
+        tags: as for `make_reward`.
+
+    Raises:
+        ValueError: as `make_reward` does; or a name occurs twice.
+    """
+    for index, spec in enumerate(specs):
+        make_reward(spec, tags)
+        if spec.name in [earlier.name for earlier in specs[:index]]:
+            raise ValueError(f"rewards: {spec.name}: it is named twice; add the weights up and name it once")
