@@ -54,6 +54,10 @@ class Example:
     """UTF-8 bytes of the text that the trained tokens stand for; marks such as the end of sequence are no bytes."""
 
 
+NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, bool), 0)
+"""What becomes of a record that holds nothing to train on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleFormat:
     """How the records of one source become examples: all that decides the tokens, but for the tokenizer."""
@@ -201,16 +205,14 @@ def chat_example(
     Raises:
         ValueError: the chat cannot be masked right.
     """
-    messages = [*prompt, *completion]
-    if not messages:
-        return Example(np.zeros(0, np.int32), np.zeros(0, bool), 0)
-    chat = render_chat(tokenizer, messages, add_generation_prompt=False, tools=tools)
+    if not completion:
+        return NOTHING
+    chat = render_chat(tokenizer, [*prompt, *completion], add_generation_prompt=False, tools=tools)
     if not completion_only:
         return Example(chat.ids, np.ones(len(chat.ids), bool), len(chat.text.encode("utf-8")))
     trained = chat.trained
-    if prompt:
-        first = len(prompt_ids(prompt, chat.ids, tokenizer, tools)) if trained.any() and completion else len(chat.ids)
-        trained = trained & (np.arange(len(trained)) >= first)
+    if prompt and trained.any():
+        trained = trained & (np.arange(len(trained)) >= len(prompt_ids(prompt, chat.ids, tokenizer, tools)))
     written = tokenizer.decode(chat.ids[trained], skip_special=True)
     return Example(chat.ids, trained, len(written.encode("utf-8")))
 
@@ -239,7 +241,7 @@ def prompt_ids(
 def text_example(prompt: str, completion: str, tokenizer: Tokenizer, form: ExampleFormat) -> Example:
     """The tokens of a prompt and what follows it; an empty completion trains nothing."""
     if not completion.strip():
-        return Example(np.zeros(0, np.int32), np.zeros(0, bool), 0)
+        return NOTHING
     given, tokens = encode_completion(prompt, completion, tokenizer, add_bos=form.add_bos, add_eos=form.add_eos)
     trained = np.arange(len(tokens)) >= (given if form.completion_only else 0)
     text = completion if form.completion_only else prompt + completion

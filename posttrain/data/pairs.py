@@ -27,7 +27,15 @@ from posttrain.data.build import (
     read_options,
     tokenizer_identity,
 )
-from posttrain.data.examples import Example, chat_example, encode_completion, read_messages, read_text, read_tools
+from posttrain.data.examples import (
+    NOTHING,
+    Example,
+    chat_example,
+    encode_completion,
+    read_messages,
+    read_text,
+    read_tools,
+)
 from posttrain.data.rows import (
     TALLY_NAMES,
     BucketBatches,
@@ -291,7 +299,7 @@ def _given_prompt(
 
 def _answered(prompt: str, answer: str, tokenizer: Tokenizer, form: PairFormat) -> Example:
     if not answer.strip():
-        return Example(np.zeros(0, np.int32), np.zeros(0, bool), 0)
+        return NOTHING
     if form.as_chat:
         messages = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
         return chat_example(*messages, tokenizer, True, None)
