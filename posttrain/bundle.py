@@ -82,6 +82,11 @@ class ModelBundle:
         """The policy as an NNX module that shares `params`; it is stale once a step has donated them."""
         return as_module(self.setup.model, params)
 
+    @staticmethod
+    def view(role: FrozenRole) -> nnx.Module:
+        """A frozen role as an NNX module that shares its arrays."""
+        return as_module(role.model, role.params)
+
     def require_frozen(self) -> None:
         """Raises RuntimeError if reference or teacher changed."""
         for role in (self.reference, self.teacher):

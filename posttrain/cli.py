@@ -135,6 +135,24 @@ def sft(loaded: LoadedRecipe) -> None:
     train(loaded, "posttrain.trainers.sft")
 
 
+@recipe_verb("dpo")
+def dpo(loaded: LoadedRecipe) -> None:
+    """Train a model on pairs of which one answer is preferred (DPO, cDPO, IPO, ORPO, SimPO).
+
+    Exit codes as for pretrain.
+    """
+    train(loaded, "posttrain.trainers.dpo")
+
+
+@recipe_verb("distill")
+def distill(loaded: LoadedRecipe) -> None:
+    """Train a student on what a frozen teacher knows.
+
+    Exit codes as for pretrain.
+    """
+    train(loaded, "posttrain.trainers.distill")
+
+
 def train(loaded: LoadedRecipe, trainer: str) -> None:
     """Runs a recipe with the `run` function of the module named `trainer`; prints how it ended.
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pretrain.optimizers import stop_frozen_gradients
 from pretrain.sums import LossOutput, Mean
 
 Z_LOSS = "learning/z_loss"
-LossFn = Callable[[Params, TokenBatch, jax.Array | None], LossOutput]
+LossFn = Callable[[Params, Any, jax.Array | None], LossOutput]
 """(parameters, batch, noise key or None) -> sums over the batch's tokens."""
 
 

@@ -51,8 +51,10 @@ class Work:
     """The tree that a checkpoint holds."""
     data_state: Callable[[], dict[str, Any]]
     """The position of the data after the last batch, a JSON value."""
-    row_metrics: Callable[[dict[str, float]], dict[str, float]] = lambda row: {}
-    """Metrics computed from a step's own."""
+    tokens: Callable[[dict[str, float]], float] = lambda row: row["learning/total_weights"]
+    """The trained tokens of a step, from its metrics."""
+    before_save: Callable[[], None] = lambda: None
+    """Called before each save; what it raises is raised instead of saving."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class TrainingSession:
         """Saves the state as it is, where the recipe has checkpoints."""
         if self.manager is None:
             return
+        self.work.before_save()
         path = wandb_id_path(self.run_dir)
         wandb_id = path.read_text(encoding="utf-8").strip() if path.is_file() else None
         done = int(self.state.step)
@@ -172,9 +175,8 @@ class TrainingSession:
                 f"train.steps={recipe.train.steps}: the data ended after {done - 1} steps; lower train.steps, or begin "
                 "a run with a higher data.num_epochs"
             )
-        row = {**values, **self.timer.step(values["learning/total_weights"], finished)}
+        row = {**values, **self.timer.step(self.work.tokens(values), finished)}
         row["learning/perplexity"] = perplexity(values["learning/loss"]) if finite else math.nan
-        row |= self.work.row_metrics(row)
         if skips:
             self.skipped += not finite
             row["guard/skipped_steps"] = self.skipped

@@ -7,11 +7,13 @@ import jax
 
 from models.checkpoints.huggingface import import_params
 from models.checkpoints.loader import Placement, find_step_dir, load_params
-from models.functional import Params
+from models.checkpoints.manifest import Mode
+from models.functional import FunctionalModel, Params
+from models.parameters import is_spec, param_specs
 from pretrain.checkpointing import Identity, find_resume_step, own_data_state, restore_state
 from pretrain.setup import ModelSetup, Setup
 from pretrain.state import TrainState, init_state
-from recipes.schema import TrainingRecipe
+from recipes.schema import ModelSection, TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +55,39 @@ def first_state(recipe: TrainingRecipe, setup: Setup, identity: Identity, folder
 
 def first_params(recipe: TrainingRecipe, setup: ModelSetup) -> Params | None:
     """The weights that the recipe names; None where it names none."""
-    section = recipe.model
+    return named_params(recipe.model, setup.model, Placement(setup.mesh, setup.rules), verify=recipe.checkpoint.verify)
+
+
+def named_params(section: ModelSection, model: FunctionalModel, placement: Placement, *, verify: Mode) -> Params | None:
+    """The weights that a model section names, on the mesh; None where it names none."""
     if section.load_parameters_path is not None:
-        placement = Placement(setup.mesh, setup.rules)
-        return load_params(section.load_parameters_path, setup.model, placement, verify=recipe.checkpoint.verify)
+        return load_params(section.load_parameters_path, model, placement, verify=verify)
     if section.hf_path is None:
         return None
     params = import_params(
         section.hf_path,
-        setup.config,
+        model.config,
         scan_layers=section.scan_layers,
         param_scan_axis=section.param_scan_axis,
         dtype=section.param_dtype,
     )
     logger.info("Loaded params from %s", section.hf_path)
-    return jax.device_put(params, setup.shardings.state.params)
+    return jax.device_put(params, param_shardings(model, placement))
+
+
+def param_shardings(model: FunctionalModel, placement: Placement) -> Params:
+    """The sharding of each of a model's parameters."""
+    options = model.options
+    specs = param_specs(model.config, scan_layers=options.scan_layers, param_scan_axis=options.param_scan_axis)
+    return jax.tree.map(lambda spec: placement.sharding(spec.axes, spec.shape), specs, is_leaf=is_spec)
+
+
+def role_params(
+    section: ModelSection, model: FunctionalModel, placement: Placement, *, verify: Mode, seed: int
+) -> Params:
+    """The weights of a frozen role: those that its section names, else drawn from the seed as the policy's are."""
+    params = named_params(section, model, placement, verify=verify)
+    if params is None:
+        init = jax.jit(model.init, out_shardings=param_shardings(model, placement))
+        params = init(jax.random.fold_in(jax.random.key(seed), 0))
+    return params

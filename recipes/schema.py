@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, model_validator
 
+from recipes.sections.alignment import DistillSection, DPOSection, TeacherSection
 from recipes.sections.base import (
     FrozenMap,
     OnlyWhen,
@@ -27,14 +28,15 @@ from recipes.sections.base import (
 )
 from recipes.sections.data import DataSection, EvalSection, MixtureEntry
 from recipes.sections.model import MESH_AXES, MeshSection, ModelSection, TokenizerSection
-from recipes.sections.posttrain_data import PosttrainDataSection, RecordsSection
+from recipes.sections.posttrain_data import PosttrainDataSection, PreferenceDataSection, RecordsSection
 from recipes.sections.run import CheckpointSection, LoggingSection, RunSection
 from recipes.sections.training import OptimizerSection, ScheduleSection, TrainSection
 
 __all__ = [
-    "MESH_AXES", "RECIPE_KINDS", "CheckpointSection", "DataSection", "EvalSection", "FrozenMap", "LoggingSection",
-    "MeshSection", "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection", "PosttrainDataSection",
-    "PretrainRecipe", "Problem", "Recipe", "RuleError", "RunSection", "SFTRecipe", "ScheduleSection", "Section",
+    "MESH_AXES", "RECIPE_KINDS", "CheckpointSection", "DPORecipe", "DPOSection", "DataSection", "DistillRecipe",
+    "DistillSection", "EvalSection", "FrozenMap", "LoggingSection", "MeshSection", "MixtureEntry", "ModelSection",
+    "OnlyWhen", "OptimizerSection", "PosttrainDataSection", "PreferenceDataSection", "PretrainRecipe", "Problem",
+    "Recipe", "RuleError", "RunSection", "SFTRecipe", "ScheduleSection", "Section", "TeacherSection",
     "TokenizerSection", "TrainSection", "TrainingRecipe", "Unless", "conditions", "effective_values", "flatten",
     "plain", "recipe_hash", "spell",
 ]  # fmt: skip
@@ -148,13 +150,62 @@ class SFTRecipe(TrainingRecipe):
         yield from self.held_out_problems(self.data)
 
 
+class DPORecipe(TrainingRecipe):
+    """Training on pairs of which one answer is preferred."""
+
+    kind: Literal["dpo"] = "dpo"
+    data: PreferenceDataSection
+    dpo: DPOSection = DPOSection()
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of training on pairs that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        yield from self.tokenizer_problems("pairs are text")
+        yield from self.held_out_problems(self.data)
+
+
+class DistillRecipe(TrainingRecipe):
+    """Training a student on what a frozen teacher knows of the same rows."""
+
+    kind: Literal["distill"] = "distill"
+    data: PosttrainDataSection
+    teacher: TeacherSection
+    distill: DistillSection = DistillSection()
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of distillation that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        yield from self.tokenizer_problems("rows are text")
+        yield from self.held_out_problems(self.data)
+        if self.teacher.preset is None and self.teacher.hf_path is None:
+            yield Problem(
+                "teacher.preset", None, "a model has an architecture", "set teacher.preset or teacher.hf_path"
+            )
+        for key in ("load_full_state_path", "dropout_rate", "quantization"):
+            value, default = getattr(self.teacher, key), TeacherSection.model_fields[key].default
+            if value != default:
+                yield Problem(f"teacher.{key}", value, "a frozen teacher is not trained", f"remove teacher.{key}")
+        if self.optimizer.name == "muon":
+            yield Problem(
+                "optimizer.name",
+                "muon",
+                "its orthogonalised updates lose the size of the soft gradient",
+                "use optimizer.name=adamw",
+            )
+
+
 SECTION_ORDER = (
     "kind", "model", "teacher", "tokenizer", "data", "lora", "dpo", "distill", "eval", "optimizer", "schedule", "train",
     "mesh", "checkpoint", "run", "logging",
 )  # fmt: skip
 """How a recipe is printed."""
 
-RECIPE_KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "sft": SFTRecipe}
+RECIPE_KINDS: dict[str, type[Recipe]] = {
+    "pretrain": PretrainRecipe,
+    "sft": SFTRecipe,
+    "dpo": DPORecipe,
+    "distill": DistillRecipe,
+}
 
 
 def effect_conditions(recipe: type[Recipe]) -> Iterator[tuple[str, OnlyWhen, str]]:

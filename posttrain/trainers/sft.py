@@ -10,6 +10,7 @@ by tokens, and parameters are donated.
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from tunix.sft.peft_trainer import PeftTrainer
@@ -27,7 +28,7 @@ from pretrain.step import Batch
 from pretrain.trainer import token_work
 from recipes.load import LoadedRecipe
 from recipes.rundir import create_run
-from recipes.schema import SFTRecipe
+from recipes.schema import DistillRecipe, SFTRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     assert isinstance(recipe, SFTRecipe), recipe.kind
     with runtime(recipe.train, recipe.mesh):
         require_shared_directory(recipe.run)
-        setup = prepare(recipe)
+        setup = prepare_rows(recipe)
         with create_run(recipe, argv, jax.process_index() == 0) as attempt:
             logger.info(attempt.story)
             with activation_mesh(setup.mesh, setup.rules):
@@ -75,11 +76,11 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
                 )
 
 
-def prepare(recipe: SFTRecipe) -> Setup:
-    """Builds and checks the parts of a run."""
+def prepare_rows(recipe: SFTRecipe | DistillRecipe) -> Setup:
+    """Builds and checks the parts of a run on rows of examples."""
     parts = prepare_model(recipe, sequence_length=recipe.data.sequence_length)
     tokenizer = load_tokenizer(recipe.tokenizer)
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": parts.config.vocab_size,
         "add_bos": recipe.tokenizer.add_bos,
         "add_eos": recipe.tokenizer.add_eos,

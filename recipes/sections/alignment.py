@@ -47,12 +47,14 @@ class DPOSection(Section):
     loss: Literal["dpo", "cdpo", "ipo", "orpo", "simpo"] = "dpo"
     """dpo (Rafailov et al. 2023), cdpo (with label smoothing), ipo (Azar et al. 2023), orpo (Hong et al. 2024), simpo
     (Meng et al. 2024)."""
-    beta: Annotated[float, Field(gt=0.0)] = 0.1
-    """How strongly the policy is held to the reference; orpo's lambda."""
+    beta: Annotated[float, Field(gt=0.0), Unless("loss", "orpo")] = 0.1
+    """The scale of rewards; under a reference, how strongly the policy is held to it."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5), OnlyWhen("loss", "dpo", "cdpo")] = 0.0
     """The share of pairs whose preference is taken to be reversed."""
     gamma: Annotated[float, Field(ge=0.0), OnlyWhen("loss", "simpo")] = 0.5
-    """simpo's margin between the two average log-probabilities, times beta."""
+    """simpo's margin between the rewards."""
+    orpo_lambda: Annotated[float, Field(ge=0.0), OnlyWhen("loss", "orpo")] = 0.1
+    """The weight of orpo's odds term beside the chosen answer's loss."""
     reference: Annotated[Literal["model", "cached"], OnlyWhen("loss", "dpo", "cdpo", "ipo")] = "model"
     """model runs the frozen reference at each step; cached computes its log-probabilities once and keeps them."""
 
@@ -67,22 +69,20 @@ class DPOSection(Section):
 class DistillSection(Section):
     """What the student learns from its teacher (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
 
-    mode: Literal["offline", "on_policy"] = "offline"
-    """offline reads rows of data; on_policy lets the student write, and the teacher scores what it wrote."""
     divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
     """KL(teacher || student), or the reverse."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Divides both logits in the divergence, which is then multiplied by its square."""
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """The divergence's share of the loss; the rest is cross entropy of the labels."""
-    transfer: Literal["hidden", "topk"] = "hidden"
+    transfer: Literal["hidden", "top_k"] = "hidden"
     """What crosses from teacher to student: final hidden states, or the top logits with the mass of the tail."""
-    topk: Annotated[int, Field(ge=1), OnlyWhen("transfer", "topk")] = 64
+    top_k: Annotated[int, Field(ge=1), OnlyWhen("transfer", "top_k")] = 64
     """Logits of each token that cross."""
     feature_loss: Literal["none", "cosine", "l2"] = "none"
     """A loss between final hidden states of the same width, beside the divergence."""
-    feature_weight: Annotated[float, Field(ge=0.0), Unless("feature_loss", "none")] = 0.0
-    """The weight of the feature loss."""
+    feature_coefficient: Annotated[float, Field(ge=0.0), Unless("feature_loss", "none")] = 0.0
+    """The weight of the feature loss, added to the rest."""
 
 
 class TeacherSection(ModelSection):
