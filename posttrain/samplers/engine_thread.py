@@ -1,0 +1,109 @@
+"""A thread for an engine that cannot be trusted to answer, and the one-at-a-time rule of engines with global state.
+
+An engine that stops answering, or fails, cannot be taken out of its process: it is left where it is, every later engine
+of the process is refused, and the process can still end, because a daemon thread does not hold it up. What cannot be
+bounded from inside a process is native code that keeps Python's global lock; neither torch's kernels nor JAX's do.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from posttrain.samplers.base import SamplerError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Process:
+    """What this process's engines have come to."""
+
+    alive: bool = False
+    spoilt_by: str | None = None
+
+    def claim(self) -> None:
+        if self.spoilt_by is not None:
+            raise SamplerError(
+                f"vllm: an engine of this process failed before ({self.spoilt_by}): what it left behind spoils the "
+                "next one; go on in a new process"
+            )
+        if self.alive:
+            raise SamplerError(
+                "vllm: an engine is alive in this process: vLLM keeps its state in globals, so there is one at a time; "
+                "close() the other first"
+            )
+        self.alive = True
+
+
+PROCESS = Process()
+
+
+class EngineThread:
+    """The thread on which vLLM runs. Calls are made from any one thread, and end in bounded time."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._last_sign = time.monotonic()
+        self.interrupted = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            work, future = call
+            self.interrupted.clear()
+            self.sign_of_life()
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
+                future.set_exception(error)
+            del call, work, future
+
+    def sign_of_life(self) -> None:
+        """Says that work goes on; starts the wait anew."""
+        self._last_sign = time.monotonic()
+
+    def call(self, work: Callable[[], T], *, what: str, seconds: float) -> T:
+        """Runs `work` on the thread.
+
+        Args:
+            work: a function of no arguments.
+            what: it does, for the error.
+            seconds: to wait from one sign of life to the next.
+
+        Raises:
+            SamplerError: it stopped answering, or raised anything but a ValueError or a SamplerError of ours.
+        """
+        future: Future = Future()
+        self.sign_of_life()
+        self._calls.put((work, future))
+        try:
+            while not future.done():
+                left = self._last_sign + seconds - time.monotonic()
+                if left <= 0:
+                    raise spoil(f"gave no sign of life for {seconds:g} s while {what}")
+                wait([future], timeout=left)
+        except KeyboardInterrupt:
+            self.interrupted.set()
+            raise
+        error = future.exception()
+        if error is None or isinstance(error, SamplerError):
+            return future.result()
+        raise spoil(f"failed while {what} ({type(error).__name__}: {_first_line(error)})") from error
+
+    def end(self) -> None:
+        """Lets the thread end once its calls are done."""
+        self._calls.put(None)
+
+
+def spoil(how: str) -> SamplerError:
+    PROCESS.spoilt_by = how
+    return SamplerError(f"vllm: the engine {how}: it cannot be used again in this process; go on in a new one")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
