@@ -27,6 +27,8 @@ SHARES = 4
 """A worker gets at most one part in this many of its share of the tasks, so that slow ones even out at the end."""
 TICK = 0.2
 """Seconds between looks at whether a busy worker still lives: what it forked may hold its socket open."""
+DYING = 1.0
+"""Seconds that a worker whose socket closed is given to end by itself."""
 MOST_BAD_STARTS = 3
 """Workers in a row that end without having answered anything, before the pool gives up."""
 LOGGED = 3
@@ -139,7 +141,7 @@ class RewardPool:
         """Ends the workers and what they forked. The pool may be used again after; it starts anew."""
         with self._lock:
             while self._workers:
-                self._workers.pop().end()
+                self._workers.pop().end(0)
             self._infos = ()
 
     def __enter__(self) -> "RewardPool":
@@ -185,7 +187,7 @@ class RewardPool:
         if isinstance(message, dict) and not worker.ready:
             if "error" in message:
                 self._workers.remove(worker)
-                worker.end()
+                worker.end(0)
                 raise ValueError(message["error"])
             worker.ready = True
             self._infos = tuple(RewardInfo(*fields) for fields in message["rewards"])
@@ -203,7 +205,7 @@ class RewardPool:
     def _replace(self, worker: WorkerProcess, call: "_Call | None", kind: FailureKind | None, detail: str) -> None:
         """Ends a worker; its first task failed with it (if `kind` is given), and its others wait for another worker."""
         self._workers.remove(worker)
-        how = worker.end()
+        how = worker.end(DYING if kind == "died" else 0)
         tasks = list(worker.tasks)
         if call is not None and tasks:
             self.restarts += 1
@@ -232,7 +234,7 @@ class RewardPool:
         for worker in [one for one in self._workers if one.tasks]:
             self._workers.remove(worker)
             self.restarts += 1
-            worker.end()
+            worker.end(0)
 
     def _report(self, outcomes: Sequence[tuple[Outcome, ...]]) -> None:
         seen: Counter[tuple[str, str]] = Counter()

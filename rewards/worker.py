@@ -37,7 +37,7 @@ def main(requests_fd: int, lifeline_fd: int) -> None:
 
     Args:
         requests_fd: the socket that carries work and answers.
-        lifeline_fd: a socket on which nothing is ever said; it closes when the pool's process ends.
+        lifeline_fd: a pipe into which nothing is ever written; it closes when the pool's process ends.
     """
     _end_with(lifeline_fd)
     connection = socket.socket(fileno=requests_fd)
@@ -157,9 +157,10 @@ class _Watch:
 
 
 def _end_with(lifeline_fd: int) -> None:
-    """Ends this process and all that it forked when the other end of a socket closes."""
+    """Ends this process and all that it forked when the other end of a pipe closes."""
     if hasattr(fcntl, "F_SETSIG"):
-        # The kernel itself kills the group, so that a computation that never returns to Python ends too.
+        # The kernel itself kills the group, so that a computation that never returns to Python ends too. It does so for
+        # a pipe; for a socket it would not while the thread below waits on it.
         fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)

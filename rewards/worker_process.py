@@ -24,9 +24,9 @@ class WorkerProcess:
     def __init__(self, setup: dict[str, Any], start_seconds: float) -> None:
         """Starts the process and sends it `setup`; `ready` tells when it has answered."""
         self.socket, theirs = socket.socketpair()
-        self._lifeline, their_lifeline = socket.socketpair()
+        their_lifeline, self._lifeline = os.pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the worker
-        fds = [theirs.fileno(), their_lifeline.fileno()]
+        fds = [theirs.fileno(), their_lifeline]
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, ROOT, *map(str, fds)],
             stdin=subprocess.DEVNULL,
@@ -36,7 +36,7 @@ class WorkerProcess:
             start_new_session=True,
         )
         theirs.close()
-        their_lifeline.close()
+        os.close(their_lifeline)
         self.ready = False
         self.tasks: deque[int] = deque()
         """Tasks that were sent and not answered; the first is being worked on."""
@@ -89,9 +89,16 @@ class WorkerProcess:
             return True
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def end(self) -> str:
-        """Kills the process and all that it forked; how it had ended if it had, and the last it wrote."""
-        had_ended = self.has_ended()
+    def end(self, seconds: float) -> str:
+        """Kills the process and all that it forked; how it had ended if it had, and the last it wrote.
+
+        Args:
+            seconds: how long to wait for the process to end by itself. A dying process closes its socket first, and
+                how it died is worth knowing.
+        """
+        limit = time.monotonic() + seconds
+        while not (had_ended := self.has_ended()) and time.monotonic() < limit:
+            time.sleep(0.005)
         if self.process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -99,8 +106,9 @@ class WorkerProcess:
         code = self.process.returncode
         how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit status {code}"
         written = self._last_written()
-        for held in (self.socket, self._lifeline, self._output):
-            held.close()
+        self.socket.close()
+        self._output.close()
+        os.close(self._lifeline)
         return (how if had_ended else "killed") + (f", having written {written!r}" if written else "")
 
     def _last_written(self) -> str:
