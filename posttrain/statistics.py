@@ -151,8 +151,8 @@ def estimate_mean(values: Float[np.ndarray, "P"], *, seed: int, num_resamples: i
     """The mean of a figure per problem (pass@k, maj@k, avg@k), by the bootstrap over problems.
 
     The interval is the percentile bootstrap's (Efron 1979). Problems are what is drawn anew, since samples of one
-    problem are not independent. Where all problems have the value 0, or all the value 1, drawing anew shows no spread, and the
-    interval is Wilson's for as many trials as there are problems.
+    problem are not independent. Where all problems have the value 0, or all the value 1, drawing anew shows no spread,
+    and the interval is Wilson's for as many trials as there are problems.
 
     Args:
         values: the figure of each problem, in [0, 1].
