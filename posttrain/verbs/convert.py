@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,13 @@ def convert(
         Path | None, typer.Option(metavar="FOLDER", help="Its files go into a Hugging Face folder.")
     ] = None,
     from_step: Annotated[int | None, typer.Option(metavar="N", help="Which step to read; else the newest.")] = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Compare logits of both on fixed prompts; exit 1 if they differ.")
+    ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Largest |delta logits|; else 1e-4 of the larger of 1 and the largest logit."),
+    ] = None,
 ) -> None:
     """Convert a checkpoint: Linen, NNX, Hugging Face or MaxText, with layers stacked or not.
 
@@ -47,6 +55,8 @@ def convert(
     """
     if to not in FORMATS:
         raise ValueError(f"--to={to}: no such format; choose from {', '.join(FORMATS)}")
+    if tolerance is not None and not check:
+        raise ValueError(f"--tolerance={tolerance}: it has no effect without --verify; add that, or remove it")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype={dtype}: no dtype of parameters; choose from {', '.join(DTYPES)}")
     from models.checkpoints.convert import Target
@@ -58,6 +68,16 @@ def convert(
     config = None if model is None else model_config(model)
     done = run(source.expanduser(), destination.expanduser(), target, config=config, from_step=from_step)
     print(f"{done.written}: converted from {done.origin.folder}")
+    if not check:
+        return
+    from models.checkpoints.verify import verify
+
+    verdict = verify(done, tolerance=tolerance)
+    for route, difference in verdict.differences.items():
+        print(f"verify: max |delta logits| = {difference:.3g} (tolerance {verdict.tolerance:.3g}) by {route}")
+    if not verdict.passes:
+        print(f"{done.written}: computes something else than {done.origin.folder}; do not use it", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def model_config(name: str) -> TransformerConfig:
