@@ -6,32 +6,32 @@ from jaxtyping import Array, Float
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, window_choices
 from models.inference.attention import cached_attention
-from models.inference.cache import write_layer
+from models.inference.cache import KVCache, write_layer
 from models.ops.attention import choose_implementation, dot_product_attention, self_attention
 from models.ops.rotary import rotate
 
 Heads = Float[Array, "B T H N"]
-NewEntries = tuple[jax.Array, jax.Array] | None
-"""Keys and values [B, T, K, N] of a layer's new tokens, for the cache; None without one."""
 
 
 def attend(
     config: TransformerConfig,
     context: StepContext,
     layer: LayerInput,
+    cache: KVCache | None,
     query: Heads,
     key: Heads,
     value: Heads,
     *,
     static_window: int | None,
     implementation: str,
-) -> tuple[Heads, NewEntries]:
+) -> tuple[Heads, KVCache | None]:
     """Rotates queries and keys and mixes values.
 
     Args:
         config: the architecture.
-        context: rotary tables, masks and the cache of this pass.
+        context: rotary tables and masks of this pass.
         layer: this layer's index and traced window.
+        cache: what earlier tokens left in all layers, or None.
         query: [B, T, H, N], before rotation.
         key: [B, T, K, N], before rotation.
         value: [B, T, K, N].
@@ -39,14 +39,13 @@ def attend(
         implementation: of attention, as a recipe names it.
 
     Returns:
-        The mixed values [B, T, H, N], and what the cache is to take up, or None without one.
+        The mixed values [B, T, H, N], and the cache with the new tokens in this layer; its lengths stay.
     """
     if context.cos is not None and context.sin is not None:
         query = rotate(query, context.cos, context.sin)
         key = rotate(key, context.cos, context.sin)
     window = static_window if layer.window is None else layer.window
     scale, softcap = config.attention_scale, config.attention_softcap
-    cache = context.cache
     if cache is None:
         if context.attention_mask is not None:
             mixed = dot_product_attention(query, key, value, context.attention_mask, scale=scale, softcap=softcap)
@@ -65,19 +64,13 @@ def attend(
             ),
         )
         return mixed, None
+    cache = write_layer(cache, key, value, layer.index)
     if context.attention_mask is None:
-        mixed = cached_attention(query, key, value, cache, layer.index, window=window, scale=scale, softcap=softcap)
-        return mixed, (key, value)
+        mixed = cached_attention(query, cache, layer.index, window=window, scale=scale, softcap=softcap)
+        return mixed, cache
     keys, values = (
-        write_layer(jax.lax.dynamic_index_in_dim(whole, layer.index, keepdims=False), new, cache.lengths)
-        for whole, new in ((cache.key, key), (cache.value, value))
+        jax.lax.dynamic_index_in_dim(whole, layer.index, keepdims=False).astype(query.dtype)
+        for whole in (cache.key, cache.value)
     )
-    mixed = dot_product_attention(
-        query,
-        keys.astype(query.dtype),
-        values.astype(query.dtype),
-        context.attention_mask,
-        scale=scale,
-        softcap=softcap,
-    )
-    return mixed, (key, value)
+    mixed = dot_product_attention(query, keys, values, context.attention_mask, scale=scale, softcap=softcap)
+    return mixed, cache

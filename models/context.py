@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from models.config import TransformerConfig
-from models.inference.cache import KVCache
 from models.ops.masks import FULL_WINDOW
 from models.ops.rotary import inverse_frequencies, rotary_tables, scale_llama31
 from models.parameters import param_key
@@ -24,8 +23,6 @@ class StepContext:
     segment_ids: Int[Array, "B T"]
     attention_mask: Bool[Array, "B T S"] | None
     """Replaces causality, segments and windows where the caller brings a mask of its own."""
-    cache: KVCache | None
-    """Of all layers, as it was before this pass."""
     noise_key: PRNGKeyArray | None
     """Of all that the pass draws, dropout masks and the rounding of quantised gradients; None draws nothing."""
 
@@ -54,7 +51,6 @@ def step_context(
     *,
     segment_ids: Int[Array, "B T"] | None,
     attention_mask: Bool[Array, "B T S"] | None,
-    cache: KVCache | None,
     noise_key: PRNGKeyArray | None,
 ) -> StepContext:
     """Gathers what the layers share; without segment ids every token belongs to one document."""
@@ -66,7 +62,6 @@ def step_context(
         sin=sin,
         segment_ids=jnp.ones_like(positions) if segment_ids is None else segment_ids,
         attention_mask=attention_mask,
-        cache=cache,
         noise_key=noise_key,
     )
 

@@ -1,4 +1,4 @@
-"""Attention of new tokens to what a slot cache holds and to each other."""
+"""Attention of new tokens to what a slot cache holds."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,6 @@ def block_size(capacity: int) -> int:
 
 def cached_attention(
     query: Float[Array, "B T H N"],
-    key: Float[Array, "B T K N"],
-    value: Float[Array, "B T K N"],
     cache: KVCache,
     layer: Int[Array, ""],
     *,
@@ -29,19 +27,17 @@ def cached_attention(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T H N"]:
-    """Causal attention of T new tokens of each slot to its cached ones and to the new ones before them.
+    """Causal attention of T new tokens of each slot to those before them and to themselves.
 
     The cache is read a block at a time with a running maximum and sum (Milakov and Gimelshein 2018), up to the longest
     slot. A block in which a slot holds nothing adds an exact zero, so a slot's result does not depend, to the bit, on
-    how long the others are. Values that no query sees are zeroed before the product: what a past request left, were
-    it infinite, leaks nothing.
+    how long the others are. What a slot does not hold is zeroed before the product: what a past request left, were it
+    infinite, leaks nothing.
 
     Args:
         query: [B, T, H, N], rotated.
-        key: [B, T, K, N], rotated; not yet in the cache.
-        value: [B, T, K, N].
-        cache: of all layers.
-        layer: index of this one.
+        cache: with the new tokens written behind each slot's `lengths` old ones.
+        layer: which one to read.
         window: tokens a query sees, itself included; None for all.
         scale: factor on query-key products.
         softcap: bound on scaled products, or None.
@@ -50,46 +46,39 @@ def cached_attention(
         Mixed values in query's dtype.
     """
     B, T, H, N = query.shape
-    K, capacity = key.shape[2], cache.key.shape[2]
+    K, capacity = cache.key.shape[3], cache.key.shape[2]
     block = block_size(capacity)
     exact = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.reshape(B, T, K, H // K, N)
     at = cache.lengths[:, None] + jnp.arange(T)  # Index of each query in its slot, [B, T].
-
-    def scores(keys: jax.Array, key_index: jax.Array, visible: jax.Array) -> jax.Array:
-        products = jnp.einsum("btkgn,bskn->bkgts", grouped, keys.astype(query.dtype), preferred_element_type=exact)
-        distance = at[:, :, None] - key_index[:, None, :]
-        visible &= distance >= 0
-        if window is not None:
-            visible &= distance < window
-        return jnp.where(visible[:, None, None], soft_cap(products * scale, softcap), -jnp.inf)
-
-    def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-        values = values.astype(query.dtype)
-        return jnp.einsum("bkgts,bskn->bkgtn", weights.astype(query.dtype), values, preferred_element_type=exact)
-
-    # The new tokens come first: each sees itself, so the maximum is finite from the start.
-    own = scores(key.astype(cache.key.dtype), at, jnp.ones((B, 1, T), bool))
-    top = own.max(-1, keepdims=True)
-    weights = jnp.exp(own - top)
-    start = top, weights.sum(-1, keepdims=True), mix(weights, value.astype(cache.value.dtype))
+    lowest = jnp.finfo(exact).min
 
     def attend_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, mixed = carry
         # The last block of a capacity that is no multiple begins earlier; what was read before is masked out.
         first = jnp.minimum(index * block, capacity - block)
         keys, values = (
-            jax.lax.dynamic_slice(whole, (layer, 0, first, 0, 0), (1, B, block, K, N))[0]
+            jax.lax.dynamic_slice(whole, (layer, 0, first, 0, 0), (1, B, block, K, N))[0].astype(query.dtype)
             for whole in (cache.key, cache.value)
         )
-        key_index = first + jnp.arange(block)[None, :]
-        held = (key_index >= index * block) & (key_index < cache.lengths[:, None])
-        part = scores(keys, key_index, held[:, None])
-        new_top = jnp.maximum(top, part.max(-1, keepdims=True))
-        weights, shrink = jnp.exp(part - new_top), jnp.exp(top - new_top)
-        values = jnp.where(held[:, :, None, None], values, 0)
-        return new_top, total * shrink + weights.sum(-1, keepdims=True), mixed * shrink + mix(weights, values)
+        key_index = first + jnp.arange(block)
+        distance = at[:, :, None] - key_index
+        visible = (distance >= 0) & (key_index >= index * block)
+        if window is not None:
+            visible &= distance < window
+        visible = visible[:, None, None]
+        scores = jnp.einsum("btkgn,bskn->bkgts", grouped, keys, preferred_element_type=exact)
+        scores = jnp.where(visible, soft_cap(scores * scale, softcap), lowest)
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        # Where nothing was visible yet, the maximum is the mask's own value, and its weight must not be one.
+        weights, shrink = jnp.where(visible, jnp.exp(scores - new_top), 0.0), jnp.exp(top - new_top)
+        values = jnp.where((key_index < at[:, -1:] + 1)[:, :, None, None], values, 0)
+        part = jnp.einsum("bkgts,bskn->bkgtn", weights.astype(query.dtype), values, preferred_element_type=exact)
+        return new_top, total * shrink + weights.sum(-1, keepdims=True), mixed * shrink + part
 
-    num_blocks = (cache.lengths.max() + block - 1) // block
-    _, total, mixed = jax.lax.fori_loop(0, jnp.minimum(num_blocks, -(-capacity // block)), attend_block, start)
-    return jnp.moveaxis(mixed / total, 3, 1).reshape(B, T, H, N).astype(query.dtype)
+    rows = (B, K, H // K, T)
+    start = jnp.full((*rows, 1), lowest), jnp.zeros((*rows, 1), exact), jnp.zeros((*rows, N), exact)
+    needed = jnp.minimum((cache.lengths.max() + T + block - 1) // block, -(-capacity // block))
+    _, total, mixed = jax.lax.fori_loop(0, needed, attend_block, start)
+    mixed /= jnp.where(total == 0.0, 1.0, total)
+    return jnp.moveaxis(mixed, 3, 1).reshape(B, T, H, N).astype(query.dtype)

@@ -1,6 +1,6 @@
 """The one key-value cache of the house: `[L, slots, S, K, N]` with a length for each slot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,20 +30,32 @@ def init_cache(config: TransformerConfig, *, num_slots: int, capacity: int, dtyp
 
 
 def write_layer(
-    cached: Float[Array, "B S K N"], new: Float[Array, "B T K N"], lengths: Int[Array, " B"]
-) -> Float[Array, "B S K N"]:
-    """Puts a row's T new entries behind its `lengths` old ones; entries beyond the capacity are dropped."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    columns = lengths[:, None] + jnp.arange(new.shape[1])[None, :]
-    return cached.at[rows, columns].set(new.astype(cached.dtype), mode="drop")
+    cache: KVCache, key: Float[Array, "B T K N"], value: Float[Array, "B T K N"], layer: Int[Array, ""]
+) -> KVCache:
+    """Puts T new tokens behind each slot's old ones in one layer; those beyond the capacity are dropped.
 
-
-def append(cache: KVCache, key: Float[Array, "L B T K N"], value: Float[Array, "L B T K N"]) -> KVCache:
-    """Puts T new tokens of all layers behind each slot's old ones; those beyond the capacity are dropped."""
-    write = jax.vmap(write_layer, in_axes=(0, 0, None))
-    return KVCache(
-        write(cache.key, key, cache.lengths), write(cache.value, value, cache.lengths), cache.lengths + key.shape[2]
+    The lengths stay as they are until all layers are written. A layer writes before it reads, so that the compiler can
+    write in place: a write that came after all reads would make it copy the whole cache for every token.
+    """
+    write = _write_one if key.shape[1] == 1 else _write_many
+    return replace(
+        cache,
+        key=write(cache.key, key.astype(cache.key.dtype), layer, cache.lengths),
+        value=write(cache.value, value.astype(cache.value.dtype), layer, cache.lengths),
     )
+
+
+def _write_one(whole: jax.Array, new: jax.Array, layer: jax.Array, lengths: jax.Array) -> jax.Array:
+    return whole.at[layer, jnp.arange(new.shape[0]), lengths].set(new[:, 0], mode="drop")
+
+
+def _write_many(whole: jax.Array, new: jax.Array, layer: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Every index of the cache looks up its new entry: far quicker than scattering many."""
+    old = jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False)
+    source = jnp.arange(whole.shape[2]) - lengths[:, None]
+    is_new = (source >= 0) & (source < new.shape[1])
+    entries = jnp.take_along_axis(new, jnp.clip(source, 0, new.shape[1] - 1)[:, :, None, None], axis=1)
+    return jax.lax.dynamic_update_index_in_dim(whole, jnp.where(is_new[:, :, None, None], entries, old), layer, 0)
 
 
 def insert(cache: KVCache, prefix: KVCache, slot: Int[Array, ""], length: Int[Array, ""]) -> KVCache:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import NewEntries
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_input, layer_inputs, layer_noise_key, named_key
+from models.inference.cache import KVCache
 from models.linen.attention import Attention
 from models.linen.embedding import Embedding
 from models.linen.mlp import MLP
@@ -17,6 +17,10 @@ from models.parameters import head_specs, layer_norm_names, norm_specs, position
 from models.remat import LAYER_INPUT, remat_policy
 from models.sharding import constrain
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
+
+Carry = tuple[jax.Array, KVCache | None]
+"""Activations [B, T, D] and the cache of all layers, which each layer writes its part of."""
 
 
 class DecoderLayer(nn.Module):
@@ -25,6 +29,7 @@ class DecoderLayer(nn.Module):
     config: TransformerConfig
     options: ModelSection
     static_window: int | None
+    adapters: LoraSection | None = None
 
     def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
         if name is None:
@@ -33,18 +38,20 @@ class DecoderLayer(nn.Module):
         return Norm(specs["scale"], specs.get("bias"), self.config, self.options, name=name)(x)
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
-        """x [B, T, D] to [B, T, D], and what the cache is to take up."""
+    def __call__(self, carry: Carry, context: StepContext, layer: LayerInput) -> tuple[Carry, None]:
+        """x [B, T, D] to [B, T, D], and the cache with x in this layer."""
+        x, cache = carry
         names = layer_norm_names(self.config)
         x = checkpoint_name(constrain(x, "batch", "time", "activation_embed"), LAYER_INPUT)
         noise_key = layer_noise_key(context, layer)
-        attention = Attention(self.config, self.options, self.static_window, name="self_attention")
-        mixed, cached = attention(self._norm(names.before_attention, x), context, layer)
+        attention = Attention(self.config, self.options, self.static_window, self.adapters, name="self_attention")
+        mixed, cache = attention(self._norm(names.before_attention, x), context, layer, cache)
         x = x + self._norm(names.after_attention, mixed)
-        mlp = MLP(self.config, self.options, name="mlp")
+        mlp = MLP(self.config, self.options, self.adapters, name="mlp")
         x = x + self._norm(names.after_mlp, mlp(self._norm(names.before_mlp, x), noise_key))
         output_key = named_key(noise_key, "output_dropout")
-        return dropout(x, output_key, rate=self.options.dropout_rate, broadcast_time=True), cached
+        x = dropout(x, output_key, rate=self.options.dropout_rate, broadcast_time=True)
+        return (x, cache), None
 
 
 class Decoder(nn.Module):
@@ -52,6 +59,7 @@ class Decoder(nn.Module):
 
     config: TransformerConfig
     options: ModelSection
+    adapters: LoraSection | None = None
 
     def setup(self) -> None:
         """Declares the submodules."""
@@ -72,30 +80,25 @@ class Decoder(nn.Module):
                 in_axes=(nn.broadcast, 0),
                 length=config.num_layers,
             )
-            self.layers = scanned(config, options, windows[0])
+            self.layers = scanned(config, options, windows[0], self.adapters)
         else:
             # A list attribute named `layers` gives the children the names layers_0, layers_1, ...
-            self.layers = [layer_class(config, options, window) for window in windows]
+            self.layers = [layer_class(config, options, window, self.adapters) for window in windows]
         specs = norm_specs(config)
         self.decoder_norm = Norm(specs["scale"], specs.get("bias"), config, options)
         if not config.tied_embeddings:
             self.logits_dense = Head(config, options)
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, context: StepContext
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Embedded tokens [B, T, D] to normalised hidden states, and the new keys and values [L, B, T, K, N]."""
+    def __call__(self, x: jax.Array, positions: jax.Array, context: StepContext, cache: KVCache | None) -> Carry:
+        """Embedded tokens [B, T, D] to normalised hidden states, and the cache with the new tokens."""
         if self.config.position == "learned":
             x = x + self.position_embedder(positions)
         if self.options.scan_layers:
-            x, cached = self.layers(x, context, layer_inputs(self.config))
+            (x, cache), _ = self.layers((x, cache), context, layer_inputs(self.config))
         else:
-            caches = []
             for index, module in enumerate(self.layers):
-                x, layer_cache = module(x, context, layer_input(index))
-                caches.append(layer_cache)
-            cached = None if context.cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        return self.decoder_norm(x), cached
+                (x, cache), _ = module((x, cache), context, layer_input(index))
+        return self.decoder_norm(x), cache
 
 
 class Head(nn.Module):

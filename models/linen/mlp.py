@@ -7,10 +7,12 @@ from models.config import TransformerConfig
 from models.context import named_key
 from models.linen.norm import Norm
 from models.linen.projection import Projection
+from models.lora import adapted_specs
 from models.ops.linear import ACTIVATIONS, dropout
 from models.parameters import mlp_names, mlp_specs
 from models.sharding import constrain
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
 
 
 class MLP(nn.Module):
@@ -18,15 +20,16 @@ class MLP(nn.Module):
 
     config: TransformerConfig
     options: ModelSection
+    adapters: LoraSection | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, noise_key: jax.Array | None) -> jax.Array:
         """x [B, T, D] to [B, T, D]."""
-        specs = mlp_specs(self.config)
+        specs = adapted_specs(mlp_specs(self.config), self.adapters, "mlp")
 
         def projection(name: str) -> Projection:
             return Projection(
-                specs[name]["kernel"], specs[name].get("bias"), 1, self.options.quantization, self.options, name=name
+                specs[name], 1, self.options.quantization, self.options, self.adapters, name=name
             )
 
         if "mlp_layer_norm" in specs:

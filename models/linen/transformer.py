@@ -1,5 +1,7 @@
 """The language model."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from models.config import TransformerConfig
 from models.context import step_context
-from models.inference.cache import KVCache, append
+from models.inference.cache import KVCache
 from models.linen.decoder import Decoder
 from models.linen.embedding import Embedding
 from models.ops.head import HeadParams, output_logits
@@ -15,6 +17,7 @@ from models.ops.linear import dropout
 from models.parameters import embedding_specs
 from models.sharding import constrain
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
 
 
 class Transformer(nn.Module):
@@ -22,11 +25,12 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     options: ModelSection
+    adapters: LoraSection | None = None
 
     def setup(self) -> None:
         """Declares the submodules."""
         self.token_embedder = Embedding(embedding_specs(self.config)["embedding"], self.options)
-        self.decoder = Decoder(self.config, self.options)
+        self.decoder = Decoder(self.config, self.options, self.adapters)
 
     def __call__(
         self,
@@ -61,7 +65,6 @@ class Transformer(nn.Module):
             positions,
             segment_ids=segment_ids,
             attention_mask=attention_mask,
-            cache=cache,
             noise_key=noise_key,
         )
         x = self.token_embedder(tokens)
@@ -72,10 +75,10 @@ class Transformer(nn.Module):
         if noise_key is not None:
             first, last = (jax.random.fold_in(noise_key, config.num_layers + i) for i in range(2))
         x = dropout(x, first, rate=rate, broadcast_time=False)
-        x, cached = self.decoder(x, positions, context)
+        x, cache = self.decoder(x, positions, context, cache)
         x = dropout(x, last, rate=rate, broadcast_time=False)
-        if cache is not None and cached is not None:
-            cache = append(cache, *cached)
+        if cache is not None:
+            cache = replace(cache, lengths=cache.lengths + tokens.shape[1])
         return x, cache
 
     def head(self) -> HeadParams:

@@ -4,25 +4,34 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import NewEntries, attend
+from models.attend import attend
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_noise_key
+from models.inference.cache import KVCache
+from models.lora import adapted_specs
 from models.nnx.norm import Norm
 from models.nnx.projection import Projection
 from models.parameters import attention_specs
 from models.remat import SAVED_PROJECTIONS
 from models.sharding import constrain
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with optional fused projection, biases and per-head norms."""
 
     def __init__(
-        self, config: TransformerConfig, options: ModelSection, *, static_window: int | None, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        options: ModelSection,
+        *,
+        static_window: int | None,
+        adapters: LoraSection | None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.config, self.options, self.static_window = config, options, static_window
-        specs = attention_specs(config)
+        specs = adapted_specs(attention_specs(config), adapters, "self_attention")
 
         def projection(name: str, num_contract: int) -> Projection:
             return Projection(
@@ -31,6 +40,7 @@ class Attention(nnx.Module):
                 num_contract=num_contract,
                 quantization=options.quantization,
                 options=options,
+                adapters=adapters,
                 rngs=rngs,
             )
 
@@ -43,8 +53,10 @@ class Attention(nnx.Module):
             self.query_norm = Norm(specs["query_norm"], config, options=options, rngs=rngs)
             self.key_norm = Norm(specs["key_norm"], config, options=options, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
-        """Attends within x [B, T, D], or to the cache too; returns the output and what the cache is to take up."""
+    def __call__(
+        self, x: jax.Array, context: StepContext, layer: LayerInput, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attends within x [B, T, D], or to the cache; returns the output and the cache with x in this layer."""
         noise_key = layer_noise_key(context, layer)
         if self.config.fused_qkv:
             fused = self.qkv_proj(x, noise_key)
@@ -57,14 +69,15 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        mixed, cached = attend(
+        mixed, cache = attend(
             self.config,
             context,
             layer,
+            cache,
             query,
             key,
             value,
             static_window=self.static_window,
             implementation=self.options.attention,
         )
-        return self.out(mixed, noise_key), cached
+        return self.out(mixed, noise_key), cache

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attend import NewEntries
 from models.config import TransformerConfig
 from models.context import LayerInput, StepContext, layer_input, layer_inputs, layer_noise_key, named_key
+from models.inference.cache import KVCache
 from models.nnx.attention import Attention
 from models.nnx.embedding import Embedding
 from models.nnx.mlp import MLP
@@ -21,50 +21,67 @@ from models.parameters import head_specs, layer_norm_names, norm_specs, position
 from models.remat import LAYER_INPUT, remat_policy
 from models.sharding import constrain
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
+
+Carry = tuple[jax.Array, KVCache | None]
+"""Activations [B, T, D] and the cache of all layers, which each layer writes its part of."""
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP with residual sums; Gemma 2 normalises both outputs as well."""
 
     def __init__(
-        self, config: TransformerConfig, options: ModelSection, *, static_window: int | None, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        options: ModelSection,
+        *,
+        static_window: int | None,
+        adapters: LoraSection | None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.config, self.options = config, options
         names = layer_norm_names(config)
         for name in (names.before_attention, names.after_attention, names.before_mlp, names.after_mlp):
             if name is not None:
                 setattr(self, name, Norm(norm_specs(config), config, options=options, rngs=rngs))
-        self.self_attention = Attention(config, options, static_window=static_window, rngs=rngs)
-        self.mlp = MLP(config, options, rngs=rngs)
+        self.self_attention = Attention(config, options, static_window=static_window, adapters=adapters, rngs=rngs)
+        self.mlp = MLP(config, options, adapters=adapters, rngs=rngs)
 
     def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
         return x if name is None else getattr(self, name)(x)
 
-    def __call__(self, x: jax.Array, context: StepContext, layer: LayerInput) -> tuple[jax.Array, NewEntries]:
-        """x [B, T, D] to [B, T, D], and what the cache is to take up."""
+    def __call__(self, carry: Carry, context: StepContext, layer: LayerInput) -> tuple[Carry, None]:
+        """x [B, T, D] to [B, T, D], and the cache with x in this layer."""
+        x, cache = carry
         names = layer_norm_names(self.config)
         x = checkpoint_name(constrain(x, "batch", "time", "activation_embed"), LAYER_INPUT)
         noise_key = layer_noise_key(context, layer)
-        mixed, cached = self.self_attention(self._norm(names.before_attention, x), context, layer)
+        mixed, cache = self.self_attention(self._norm(names.before_attention, x), context, layer, cache)
         x = x + self._norm(names.after_attention, mixed)
         x = x + self._norm(names.after_mlp, self.mlp(self._norm(names.before_mlp, x), noise_key))
         output_key = named_key(noise_key, "output_dropout")
-        return dropout(x, output_key, rate=self.options.dropout_rate, broadcast_time=True), cached
+        x = dropout(x, output_key, rate=self.options.dropout_rate, broadcast_time=True)
+        return (x, cache), None
 
 
 class Decoder(nnx.Module):
     """Positions, layers, the last norm, and the untied output head."""
 
-    def __init__(self, config: TransformerConfig, options: ModelSection, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, options: ModelSection, *, adapters: LoraSection | None, rngs: nnx.Rngs
+    ) -> None:
         self.config, self.options = config, options
         if config.position == "learned":
             self.position_embedder = Embedding(position_specs(config), options=options, rngs=rngs)
         windows = config.layer_windows()
         if options.scan_layers:
-            self.layers = self._stacked_layer(windows[0], rngs)
+            self.layers = self._stacked_layer(windows[0], adapters, rngs)
         else:
             self.layers = nnx.List(
-                [DecoderLayer(config, options, static_window=window, rngs=rngs) for window in windows]
+                [
+                    DecoderLayer(config, options, static_window=window, adapters=adapters, rngs=rngs)
+                    for window in windows
+                ]
             )
         self.decoder_norm = Norm(norm_specs(config), config, options=options, rngs=rngs)
         if not config.tied_embeddings:
@@ -75,49 +92,50 @@ class Decoder(nnx.Module):
                 num_contract=1,
                 quantization="none",
                 options=options,
+                adapters=None,
                 rngs=rngs,
             )
 
-    def _stacked_layer(self, static_window: int | None, rngs: nnx.Rngs) -> DecoderLayer:
+    def _stacked_layer(
+        self, static_window: int | None, adapters: LoraSection | None, rngs: nnx.Rngs
+    ) -> DecoderLayer:
         """One layer whose parameters carry an axis over all layers."""
         config, options = self.config, self.options
 
         def create(key: jax.Array) -> DecoderLayer:
-            return DecoderLayer(config, options, static_window=static_window, rngs=nnx.Rngs(params=key))
+            own = nnx.Rngs(params=key)
+            return DecoderLayer(config, options, static_window=static_window, adapters=adapters, rngs=own)
 
         graphdef, single = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
         axes = jax.tree.map(lambda leaf: min(options.param_scan_axis, leaf.ndim), single)
         keys = jax.random.split(rngs.params(), config.num_layers)
         return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(create(key)), out_axes=axes)(keys))
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, context: StepContext
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Embedded tokens [B, T, D] to normalised hidden states, and the new keys and values [L, B, T, K, N]."""
+    def __call__(self, x: jax.Array, positions: jax.Array, context: StepContext, cache: KVCache | None) -> Carry:
+        """Embedded tokens [B, T, D] to normalised hidden states, and the cache with the new tokens."""
         if self.config.position == "learned":
             x = x + self.position_embedder(positions)
-        x, cached = self._scanned(x, context) if self.options.scan_layers else self._unrolled(x, context)
-        return self.decoder_norm(x), cached
+        run = self._scanned if self.options.scan_layers else self._unrolled
+        x, cache = run((x, cache), context)
+        return self.decoder_norm(x), cache
 
     def _remat(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         if self.options.remat == "none":
             return layer
         return jax.checkpoint(layer, policy=remat_policy(self.options.remat), prevent_cse=not self.options.scan_layers)
 
-    def _scanned(self, x: jax.Array, context: StepContext) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    def _scanned(self, carry: Carry, context: StepContext) -> Carry:
         graphdef, stacked = nnx.split(self.layers)
         axis = self.options.param_scan_axis
         leading = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, min(axis, leaf.ndim - 1), 0), stacked)
 
-        def body(x: jax.Array, scanned: tuple[nnx.State, LayerInput]) -> tuple[jax.Array, NewEntries]:
+        def body(carry: Carry, scanned: tuple[nnx.State, LayerInput]) -> tuple[Carry, None]:
             state, layer = scanned
-            return nnx.merge(graphdef, state)(x, context, layer)
+            return nnx.merge(graphdef, state)(carry, context, layer)
 
-        return jax.lax.scan(self._remat(body), x, (leading, layer_inputs(self.config)))
+        return jax.lax.scan(self._remat(body), carry, (leading, layer_inputs(self.config)))[0]
 
-    def _unrolled(self, x: jax.Array, context: StepContext) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        caches = []
+    def _unrolled(self, carry: Carry, context: StepContext) -> Carry:
         for index, module in enumerate(self.layers):
-            x, cached = self._remat(module)(x, context, layer_input(index))
-            caches.append(cached)
-        return x, None if context.cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+            carry, _ = self._remat(module)(carry, context, layer_input(index))
+        return carry

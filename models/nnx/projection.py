@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.ops.linear import project
+from models.lora import adapted_project
 from models.parameters import SpecTree
 from models.quantize import dot_general_for
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
 
 
 class Projection(nnx.Module):
@@ -21,19 +22,21 @@ class Projection(nnx.Module):
         num_contract: int,
         quantization: str,
         options: ModelSection,
+        adapters: LoraSection | None,
         rngs: nnx.Rngs,
     ) -> None:
         dtype = jnp.dtype(options.param_dtype)
-        self.kernel = nnx.Param(specs["kernel"].initialize(rngs.params(), dtype))
-        self.bias = nnx.Param(specs["bias"].initialize(rngs.params(), dtype)) if "bias" in specs else None
+        for leaf, spec in specs.items():
+            setattr(self, leaf, nnx.Param(spec.initialize(rngs.params(), dtype)))
+        self.leaves, self.adapters = tuple(specs), adapters
         self.name, self.num_contract, self.quantization = name, num_contract, quantization
 
     def __call__(self, x: jax.Array, noise_key: jax.Array | None) -> jax.Array:
-        """Projects x; see `models.ops.linear.project`, and `models.quantize.dot_general_for` for the key."""
-        return project(
+        """Projects x; see `models.lora.adapted_project`, and `models.quantize.dot_general_for` for the key."""
+        return adapted_project(
             x,
-            self.kernel[...],
-            None if self.bias is None else self.bias[...],
+            {leaf: getattr(self, leaf)[...] for leaf in self.leaves},
             num_contract=self.num_contract,
             dot_general=dot_general_for(self.quantization, key=noise_key, name=self.name),
+            adapters=self.adapters,
         )

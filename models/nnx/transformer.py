@@ -1,5 +1,7 @@
 """The language model."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from models.config import TransformerConfig
 from models.context import step_context
-from models.inference.cache import KVCache, append
+from models.inference.cache import KVCache
 from models.nnx.decoder import Decoder
 from models.nnx.embedding import Embedding
 from models.ops.head import HeadParams, output_logits
@@ -15,15 +17,23 @@ from models.ops.linear import dropout
 from models.parameters import embedding_specs
 from models.sharding import constrain
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
 
 
 class Transformer(nnx.Module):
     """A decoder-only transformer; the call contract is Tunix's, plus segment ids and a noise key."""
 
-    def __init__(self, config: TransformerConfig, options: ModelSection, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        options: ModelSection,
+        *,
+        adapters: LoraSection | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.config, self.options = config, options
         self.token_embedder = Embedding(embedding_specs(config), options=options, rngs=rngs)
-        self.decoder = Decoder(config, options, rngs=rngs)
+        self.decoder = Decoder(config, options, adapters=adapters, rngs=rngs)
 
     def __call__(
         self,
@@ -71,7 +81,6 @@ class Transformer(nnx.Module):
             positions,
             segment_ids=segment_ids,
             attention_mask=attention_mask,
-            cache=cache,
             noise_key=noise_key,
         )
         x = self.token_embedder(tokens)
@@ -82,10 +91,10 @@ class Transformer(nnx.Module):
         if noise_key is not None:
             first, last = (jax.random.fold_in(noise_key, config.num_layers + i) for i in range(2))
         x = dropout(x, first, rate=rate, broadcast_time=False)
-        x, cached = self.decoder(x, positions, context)
+        x, cache = self.decoder(x, positions, context, cache)
         x = dropout(x, last, rate=rate, broadcast_time=False)
-        if cache is not None and cached is not None:
-            cache = append(cache, *cached)
+        if cache is not None:
+            cache = replace(cache, lengths=cache.lengths + tokens.shape[1])
         return x, cache
 
     def head(self) -> HeadParams:
