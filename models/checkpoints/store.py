@@ -196,6 +196,7 @@ class HostReader:
 
     Attributes:
         structs: every leaf's jax.ShapeDtypeStruct, None or {} by path.
+        placements: how each lay on the mesh that wrote it, in words such as "fsdp=8: (fsdp, -)"; else empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -203,7 +204,9 @@ class HostReader:
         _require_items(path)
         self.path = path
         self._stored_tree = _stored_tree(path)
-        self.structs = {leaf: _struct(entry, leaf, path) for leaf, entry in flatten(self._stored_tree).items()}
+        entries = flatten(self._stored_tree)
+        self.structs = {leaf: _struct(entry, leaf, path) for leaf, entry in entries.items()}
+        self.placements = {leaf: _placement(entry) for leaf, entry in entries.items()}
 
     def read(self, leaves: Sequence[LeafPath]) -> dict[LeafPath, Any]:
         """The values of these leaves, together: a call costs some milliseconds, whatever it reads."""
@@ -390,6 +393,19 @@ def _struct(entry: Any, leaf: LeafPath, path: Path) -> Any:
         )
     # Orbax gives Python scalars no shape.
     return jax.ShapeDtypeStruct(tuple(getattr(entry, "shape", None) or ()), dtype)
+
+
+def _placement(entry: Any) -> str:
+    """The mesh and the axes that Orbax recorded for one leaf, axes of size 1 left out."""
+    sharding: Any = getattr(entry, "sharding", None)
+    names, spec = getattr(sharding, "axis_names", None), getattr(sharding, "partition_spec", None)
+    if names is None or spec is None:
+        return ""
+    sizes = {name: int(size) for name, size in zip(names, np.ravel(sharding.shape), strict=True) if size > 1}
+    axes = [[entry] if isinstance(entry, str) else list(entry or ()) for entry in spec]
+    split = ["+".join(name for name in names if name in sizes) or "-" for names in axes]
+    mesh = " ".join(f"{name}={size}" for name, size in sizes.items()) or "one device"
+    return f"{mesh}: ({', '.join(split)})" if sizes else mesh
 
 
 def _plain(value: Any) -> Any:
