@@ -68,6 +68,8 @@ class Converted:
     origin: Origin
     source: Contents
     """As it was read, in our numerics."""
+    arranged: Contents
+    """As it was written."""
     written: Path
     """A step folder of ours, a Hugging Face folder, or MaxText's `items`."""
     target: Target
@@ -103,7 +105,7 @@ def convert(
         logger.info("%s: %s", origin.folder, note)
     arranged = arrange(contents, target)
     written = write(destination, arranged, target, origin)
-    return Converted(origin, contents, written, target)
+    return Converted(origin, contents, arranged, written, target)
 
 
 def _require_sense(origin: Origin, target: Target, config: TransformerConfig | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from models.checkpoints.convert import Converted
     from models.config import TransformerConfig
 
 FORMATS = ("linen", "nnx", "hf", "maxtext")
@@ -68,6 +69,8 @@ def convert(
     config = None if model is None else model_config(model)
     done = run(source.expanduser(), destination.expanduser(), target, config=config, from_step=from_step)
     print(f"{done.written}: converted from {done.origin.folder}")
+    if to in ("linen", "nnx") and not params_only:
+        make_run(done)
     if not check:
         return
     from models.checkpoints.verify import verify
@@ -78,6 +81,27 @@ def convert(
     if not verdict.passes:
         print(f"{done.written}: computes something else than {done.origin.folder}; do not use it", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def make_run(done: Converted) -> None:
+    """Makes RUN of DST=RUN/checkpoints a run to resume, where the source is a run whose recipe is known."""
+    from recipes.load import dump_recipe, load_recipe
+    from recipes.rundir import checkpoints_dir, resolved_path, write_atomically
+
+    root = done.written.parent
+    old, new = resolved_path(done.origin.folder.parent.parent), resolved_path(root.parent)
+    if done.origin.kind != "ours" or root != checkpoints_dir(root.parent) or not old.is_file() or new.exists():
+        return
+    changes = [f"model.framework={done.target.format}"]
+    if done.target.scan_layers is not None:
+        changes += [f"model.scan_layers={str(done.target.scan_layers).lower()}"]
+        changes += ["model.param_scan_axis=1"] if done.arranged.layout.param_scan_axis == 1 else []
+    if done.target.dtype is not None:
+        changes += [f"model.param_dtype={done.target.dtype}"]
+    recipe = load_recipe(str(old), changes).recipe
+    command = f"posttrain {recipe.kind} {new} run.dir={root.parent} run.resume=must"
+    write_atomically(new, f"# The recipe of this run, converted from {old}.\n{dump_recipe(recipe)}")
+    print(f"{root.parent}: resumes with: {command}")
 
 
 def model_config(name: str) -> TransformerConfig:

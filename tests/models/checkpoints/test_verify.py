@@ -1,8 +1,10 @@
 """`--verify`: it passes what is right, by every route, and catches each planted fault.
 
-Faults are planted in the destination's files, or in the code that import and export share, where only the NumPy route sees.
+Faults are planted in the destination's files, or in the code that import and export share, where only NumPy's route
+sees them. Measured: right conversions differ by at most 7e-6, and the least of the faults (a lost soft cap) by 0.16.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +128,7 @@ def test_prompts_are_fixed_and_hold_packing_padding_and_far_positions() -> None:
 # --- faults in a Hugging Face folder ---
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
@@ -312,7 +314,7 @@ def test_each_fault_in_a_checkpoint_of_ours_is_caught(source: Any, tmp_path: Pat
     plant(wrong.params)
     contents = Contents(config.replace(**changes), wrong.params, None, np.int32(0), Layout(True, 1), None)
     written = write_ours(tmp_path / "wrong", contents, framework="nnx", origin="ours")
-    verdict = verify(Converted(right.origin, right.source, written, right.target), tolerance=None)
+    verdict = verify(dataclasses.replace(right, written=written), tolerance=None)
     assert verdict.max_difference > 100 * verdict.tolerance
 
 
