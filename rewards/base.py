@@ -110,3 +110,31 @@ class RewardFailure(RuntimeError):
 
 class RewardPoolError(RuntimeError):
     """The processes that run rewards cannot be kept alive, whatever they are given."""
+
+
+def check_columns(where: str, columns: Mapping[str, Any]) -> None:
+    """Requires that columns can be sent to the processes that run rewards.
+
+    Args:
+        where: whose columns they are, for the message.
+        columns: value by name.
+
+    Raises:
+        ValueError: a column holds what JSON cannot, or takes the name of a field that every reward knows.
+    """
+    for name, value in columns.items():
+        if name in ("prompt", "completion", "answer"):
+            raise ValueError(f"{where}: column {name!r}: rewards know this name already; rename the column")
+        if not _is_json(value):
+            raise ValueError(
+                f"{where}: column {name!r}: {type(value).__name__}: columns reach rewards as JSON; turn it into text "
+                "or numbers, or drop the column"
+            )
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or type(value) in (str, int, float, bool)

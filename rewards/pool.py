@@ -15,7 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from rewards.base import FailureKind, Outcome, RewardInfo, RewardInput, RewardPoolError, RewardSpec, Tags
+from rewards.base import (
+    FailureKind,
+    Outcome,
+    RewardInfo,
+    RewardInput,
+    RewardPoolError,
+    RewardSpec,
+    Tags,
+    check_columns,
+)
 from rewards.registry import check_specs
 from rewards.worker_process import WorkerProcess
 
@@ -262,7 +271,7 @@ class _Call:
         self.unanswered = set(self.waiting)
         self.deadline = deadline
         for index, item in enumerate(items):
-            check_columns(index, item)
+            check_columns(f"rewards: completion {index}", item.columns)
 
     def next_batch(self, size: int) -> tuple[list[list[int]], list[list[Any]]]:
         """Takes the next tasks `[task, reward, input]`, and the inputs they name, each once."""
@@ -289,30 +298,6 @@ class _Call:
         assert len(done) == len(self._outcomes)
         width = len(self._infos)
         return [tuple(done[first : first + width]) for first in range(0, len(done), width)]
-
-
-def check_columns(index: int, item: RewardInput) -> None:
-    """Requires that an item's columns can be sent to a worker.
-
-    Raises:
-        ValueError: a column holds what JSON cannot, or takes the name of a field.
-    """
-    for name, value in item.columns.items():
-        if name in ("prompt", "completion", "answer"):
-            raise ValueError(f"rewards: completion {index}: column {name!r}: rewards know this name already; rename it")
-        if not _is_json(value):
-            raise ValueError(
-                f"rewards: completion {index}: column {name!r}: {type(value).__name__}: columns reach rewards as JSON; "
-                "turn it into text or numbers, or drop the column"
-            )
-
-
-def _is_json(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(one) for key, one in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
-    return value is None or type(value) in (str, int, float, bool)
 
 
 def _is_answer(message: Any) -> bool:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from rewards.base import Reward, RewardSpec, Tags
 from rewards.format_approximate import FormatApproximate
@@ -74,3 +75,32 @@ def check_specs(specs: Sequence[RewardSpec], tags: Tags) -> None:
         make_reward(spec, tags)
         if spec.name in [earlier.name for earlier in specs[:index]]:
             raise ValueError(f"rewards: {spec.name}: it is named twice; add the weights up and name it once")
+
+
+def specs_of(weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]) -> tuple[RewardSpec, ...]:
+    """The rewards that a recipe names.
+
+    Args:
+        weights: weight by name, as `rewards.functions`.
+        options: settings by name, as `rewards.options`.
+
+    Returns:
+        The rewards, in the weights' order; `check_specs` judges them.
+
+    Raises:
+        ValueError: a weight is not a number, or there are options of a reward that is not named.
+    """
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or isinstance(weight, bool):
+            raise ValueError(f"rewards.functions.{name}={weight!r}: a weight is a number; write one")
+    for name, settings in options.items():
+        if name not in weights:
+            raise ValueError(
+                f"rewards.options.{name}: rewards.functions names {', '.join(weights) or 'nothing'}, so these settings "
+                f"have no effect; remove them, or add {name} there"
+            )
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"rewards.options.{name}={settings!r}: the settings of a reward go by name; write a mapping"
+            )
+    return tuple(RewardSpec(name, float(weight), dict(options.get(name, {}))) for name, weight in weights.items())

@@ -12,7 +12,7 @@ from rewards.format_exact import FormatExact
 from rewards.gsm8k_exact import Gsm8kExact
 from rewards.length import Length
 from rewards.numbers import Numbers
-from rewards.registry import REWARDS, check_specs, make_reward
+from rewards.registry import REWARDS, check_specs, make_reward, specs_of
 
 TAGS = Tags()
 FULL = "<reasoning>because</reasoning><answer>72</answer>"
@@ -180,6 +180,17 @@ def test_every_reward_stays_in_its_range(name, completion):
 def test_a_recipe_that_names_rewards_wrongly_is_refused(specs, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         check_specs(specs, TAGS)
+
+
+def test_a_recipes_weights_and_options_become_rewards():
+    found = specs_of({"numbers": 1, "length": 0.5}, {"length": {"target": 5}})
+    assert found == (RewardSpec("numbers", 1.0, {}), RewardSpec("length", 0.5, {"target": 5}))
+    with pytest.raises(ValueError, match=re.escape("rewards.options.length: rewards.functions names numbers")):
+        specs_of({"numbers": 1.0}, {"length": {"target": 5}})
+    with pytest.raises(ValueError, match=re.escape("rewards.functions.numbers='1': a weight is a number")):
+        specs_of({"numbers": "1"}, {})
+    with pytest.raises(ValueError, match="the settings of a reward go by name"):
+        specs_of({"length": 1.0}, {"length": 5})
 
 
 def test_other_tags_are_the_ones_that_are_looked_for():
