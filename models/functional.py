@@ -13,20 +13,24 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from models import lora
 from models.config import TransformerConfig
 from models.inference.cache import KVCache
 from models.linen.transformer import Transformer as LinenTransformer
 from models.nnx.transformer import Transformer as NNXTransformer
 from models.ops.head import HeadParams, head_params
-from models.parameters import flatten, init_params, linen_path, nnx_path, unflatten
+from models.parameters import SpecTree, flatten, init_params, linen_path, nnx_path, unflatten
 from recipes.schema import ModelSection
+from recipes.sections.alignment import LoraSection
 
 Params = dict[str, Any]
 
 
-def abstract_nnx(config: TransformerConfig, options: ModelSection) -> NNXTransformer:
+def abstract_nnx(
+    config: TransformerConfig, options: ModelSection, adapters: LoraSection | None = None
+) -> NNXTransformer:
     """The NNX model with shapes for arrays; allocates nothing."""
-    return nnx.eval_shape(lambda: NNXTransformer(config, options, rngs=nnx.Rngs(params=0)))
+    return nnx.eval_shape(lambda: NNXTransformer(config, options, adapters=adapters, rngs=nnx.Rngs(params=0)))
 
 
 def nnx_from_params(abstract: NNXTransformer, params: Params) -> NNXTransformer:
@@ -50,24 +54,48 @@ class FunctionalModel:
 
     config: TransformerConfig
     options: ModelSection
+    adapters: LoraSection | None = None
+    """What of the tree are low-rank adapters, and how the rest rests; None: the plain model."""
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Draws parameters; the same key gives the same weights in either framework and layer layout."""
-        return init_params(
+        """Draws parameters; the same key gives the same weights in either framework and layer layout.
+
+        Adapters change neither the base's weights nor, at first, what the model computes.
+        """
+        base = init_params(
             self.config,
             key,
             scan_layers=self.options.scan_layers,
             param_scan_axis=self.options.param_scan_axis,
             dtype=self.options.param_dtype,
         )
+        if self.adapters is None:
+            return base
+        pairs = lora.init_adapters(self.config, self.adapters, self.layout, key)
+        return lora.join(lora.quantize_base(base, self.config, self.adapters, self.layout), pairs)
+
+    @cached_property
+    def specs(self) -> SpecTree:
+        """What `init` draws: names, shapes and logical axes."""
+        return lora.adapted_param_specs(
+            self.config,
+            self.adapters,
+            scan_layers=self.options.scan_layers,
+            param_scan_axis=self.options.param_scan_axis,
+        )
+
+    @property
+    def layout(self) -> lora.Layout:
+        """Where the layers of a tree stand."""
+        return lora.Layout(self.config.num_layers, self.options.scan_layers, self.options.param_scan_axis)
 
     @cached_property
     def _linen(self) -> LinenTransformer:
-        return LinenTransformer(self.config, self.options)
+        return LinenTransformer(self.config, self.options, self.adapters)
 
     @cached_property
     def _abstract_nnx(self) -> NNXTransformer:
-        return abstract_nnx(self.config, self.options)
+        return abstract_nnx(self.config, self.options, self.adapters)
 
     def hidden_states(
         self,

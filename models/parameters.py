@@ -6,7 +6,7 @@ and memory tables read the same lists. Names and shapes are MaxText's.
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -25,19 +25,21 @@ class ParamSpec:
     stddev: float
     """Standard deviation of a normal distribution truncated at two of it; 0 means the constant `fill`."""
     fill: float = 0.0
+    dtype: str | None = None
+    """Where it is not that of the model's parameters."""
 
     def stacked(self, count: int, axis: int) -> "ParamSpec":
         """The spec of `count` such parameters stacked along `axis` (clipped to the rank)."""
         axis = min(axis, len(self.shape))
-        return ParamSpec(
+        return replace(
+            self,
             shape=(*self.shape[:axis], count, *self.shape[axis:]),
             axes=(*self.axes[:axis], "layers", *self.axes[axis:]),
-            stddev=self.stddev,
-            fill=self.fill,
         )
 
     def initialize(self, key: jax.Array, dtype: Any) -> jax.Array:
-        """Draws the parameter, shape `self.shape`."""
+        """Draws the parameter, shape `self.shape`; `dtype` is that of the model's parameters."""
+        dtype = dtype if self.dtype is None else self.dtype
         if self.stddev == 0.0:
             return jnp.full(self.shape, self.fill, dtype)
         # 0.87962566 is the standard deviation of a unit normal truncated to [-2, 2].
@@ -230,16 +232,32 @@ def init_params(
         dtype: of the parameters.
     """
     specs = param_specs(config, scan_layers=scan_layers, param_scan_axis=param_scan_axis)
-    layer = dict(flatten(layer_specs(config)))
+    return draw_params(specs, layer_specs(config), config.num_layers, key, param_scan_axis=param_scan_axis, dtype=dtype)
+
+
+def draw_params(
+    specs: SpecTree, layer_tree: SpecTree, num_layers: int, key: jax.Array, *, param_scan_axis: int, dtype: Any
+) -> dict[str, Any]:
+    """Draws the parameters of a tree or part of a tree, as `init_params` does.
+
+    Args:
+        specs: in Linen's naming.
+        layer_tree: one layer's.
+        num_layers: how many layers `decoder/layers` stacks, where it is there.
+        key: a PRNG key.
+        param_scan_axis: where the layer axis stands.
+        dtype: of the parameters.
+    """
+    layer = dict(flatten(layer_tree))
 
     def draw(path: tuple[str, ...], spec: ParamSpec) -> jax.Array:
-        if not scan_layers or path[:2] != ("decoder", "layers"):
+        if path[:2] != ("decoder", "layers"):
             return spec.initialize(param_key(key, path), dtype)
         # One draw for all layers, over the keys that they have when unrolled: the same numbers, from a program that
         # does not grow with the depth.
         inner = path[2:]
         single = layer[inner]
-        numbers = [path_number(("decoder", f"layers_{i}", *inner)) for i in range(config.num_layers)]
+        numbers = [path_number(("decoder", f"layers_{i}", *inner)) for i in range(num_layers)]
         return jax.vmap(
             lambda number: single.initialize(jax.random.fold_in(key, number), dtype),
             out_axes=min(param_scan_axis, len(single.shape)),

@@ -28,9 +28,7 @@ class Attention(nn.Module):
 
     def _projection(self, name: str, num_contract: int) -> Projection:
         specs = adapted_specs(attention_specs(self.config), self.adapters, "self_attention")[name]
-        return Projection(
-            specs, num_contract, self.options.quantization, self.options, self.adapters, name=name
-        )
+        return Projection(specs, num_contract, self.options.quantization, self.options, self.adapters, name=name)
 
     @nn.compact
     def __call__(

@@ -28,9 +28,7 @@ class MLP(nn.Module):
         specs = adapted_specs(mlp_specs(self.config), self.adapters, "mlp")
 
         def projection(name: str) -> Projection:
-            return Projection(
-                specs[name], 1, self.options.quantization, self.options, self.adapters, name=name
-            )
+            return Projection(specs[name], 1, self.options.quantization, self.options, self.adapters, name=name)
 
         if "mlp_layer_norm" in specs:
             norm = specs["mlp_layer_norm"]

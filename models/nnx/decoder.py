@@ -96,9 +96,7 @@ class Decoder(nnx.Module):
                 rngs=rngs,
             )
 
-    def _stacked_layer(
-        self, static_window: int | None, adapters: LoraSection | None, rngs: nnx.Rngs
-    ) -> DecoderLayer:
+    def _stacked_layer(self, static_window: int | None, adapters: LoraSection | None, rngs: nnx.Rngs) -> DecoderLayer:
         """One layer whose parameters carry an axis over all layers."""
         config, options = self.config, self.options
 

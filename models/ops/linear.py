@@ -48,6 +48,32 @@ def project(
     return out if bias is None else out + bias.astype(x.dtype)
 
 
+def low_rank(
+    x: Float[Array, "..."],
+    lora_a: Float[Array, "... R"],
+    lora_b: Float[Array, "R ..."],
+    *,
+    num_contract: int,
+    scale: float,
+) -> Float[Array, "..."]:
+    """scale * (x A) B, the change that a low-rank adapter makes (Hu et al. 2021, equation 3).
+
+    Args:
+        x: [..., *inputs] in the compute dtype.
+        lora_a: [*inputs, R]; cast to x's dtype.
+        lora_b: [R, *outputs]; cast likewise.
+        num_contract: number of input axes.
+        scale: alpha / R.
+
+    Returns:
+        [..., *outputs] in x's dtype.
+    """
+    rank, outputs = lora_b.shape[0], lora_b.shape[1:]
+    flat = x.reshape(*x.shape[: x.ndim - num_contract], -1)
+    inner = matmul(flat, lora_a.astype(x.dtype).reshape(-1, rank)) * scale
+    return matmul(inner, lora_b.astype(x.dtype).reshape(rank, -1)).reshape(*flat.shape[:-1], *outputs)
+
+
 def dropout(
     x: Float[Array, "B T D"], key: PRNGKeyArray | None, *, rate: float, broadcast_time: bool
 ) -> Float[Array, "B T D"]:
