@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
@@ -180,6 +181,7 @@ def train(loaded: LoadedRecipe, trainer: str) -> None:
     print(f"{result.run_dir}: {result.completed_steps} steps completed{loss}")
 
 
+checkpoints_verbs.register(app)
 convert_verb.register(app)
 inspect_data_verb.register(app)
 
