@@ -21,7 +21,7 @@ WORDS = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `datasets` keep its copies in the test's own folder."""
     import datasets
@@ -75,7 +75,7 @@ def qwen3(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
 
 
 @pytest.fixture
-def jsonl(tmp_path: Path) -> Callable[..., str]:
+def jsonl(tmp_path: Path, hugging_face_cache: None) -> Callable[..., str]:
     """`jsonl(records, name="records.jsonl")`: writes them, one a line, and gives the path."""
 
     def write(records: Iterable[dict[str, Any]], name: str = "records.jsonl") -> str:

@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from models.config import load_preset
+from models.functional import FunctionalModel
 from models.tokenizer import load_tokenizer, train_bpe
 from posttrain.data.build import make_sft_eval_iterator, make_sft_iterator
 from pretrain.data.iterators import BatchIterator, EvalIterator
-from recipes.schema import TokenizerSection
+from pretrain.losses import make_loss_fn
+from recipes.schema import ModelSection, TokenizerSection
 from recipes.sections.posttrain_data import PosttrainDataSection
 
 BOS, EOS = 256, 257
@@ -180,6 +183,34 @@ def test_a_mixture_draws_by_weight_and_numbers_go_on(make, jsonl, examples_of):
     iterator = make(mixture=entries, packing=False, rows_per_batch=40)
     seen = Counter(chr(tokens[1]) for tokens, _ in examples_of(next(iterator)))
     assert seen == {"a": 30, "b": 10}
+
+
+def test_pretrainings_loss_of_packed_rows_is_that_of_the_answers_alone(make, jsonl, rows):
+    config = load_preset("tiny-llama").replace(vocab_size=300)
+    model = FunctionalModel(config, ModelSection(preset="tiny-llama", attention="dot_product"))
+    params = model.init(jax.random.key(0))
+    loss_fn = jax.jit(make_loss_fn(model, z_loss=0.0, chunk_size=64, trainable=None))
+    data = {"path": jsonl(rows), "num_epochs": 1, "shuffle": False}
+    packed = [loss_fn(params, batch, None) for batch in make(rows_per_batch=4, **data)]
+    # The oracle reads one example at a time, unpacked and unpadded, and sums the logits' own log-softmax in float64.
+    logits_fn = jax.jit(lambda params, tokens: model(params, tokens, jax.numpy.arange(tokens.shape[1])[None])[0])
+    expected_sum, expected_tokens = 0.0, 0
+    for tokens, trained in expected(rows[:8]):
+        # Behind its end each is filled up to one length, which a causal model does not see.
+        filled = np.array([[*tokens, *[0] * (64 - len(tokens[:-1]))]], np.int32)
+        logits = np.asarray(logits_fn(params, filled[:, :64])[0], np.float64)
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected_sum -= sum(log_probabilities[index - 1, tokens[index]] for index in trained)
+        expected_tokens += len(trained)
+    few = [loss_fn(params, batch, None) for batch in make(rows_per_batch=4, **{**data, "split": "train[:8]"})]
+    assert sum(float(sums.weight_sum) for sums in few) == expected_tokens
+    np.testing.assert_allclose(sum(float(sums.loss_sum) for sums in few), expected_sum, rtol=1e-5)
+    padded = [loss_fn(params, batch, None) for batch in make(rows_per_batch=4, packing=False, **data)]
+    totals = [
+        (sum(float(sums.loss_sum) for sums in part), sum(float(sums.weight_sum) for sums in part))
+        for part in (packed, padded)
+    ]
+    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-5)
 
 
 def test_a_batch_is_a_pytree_of_int32_arrays(make, jsonl, rows):

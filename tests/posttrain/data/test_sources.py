@@ -8,6 +8,7 @@ import pytest
 from posttrain.data.sources import Records, eval_source, train_sources
 from recipes.sections.posttrain_data import PosttrainDataSection
 
+pytestmark = pytest.mark.usefixtures("hugging_face_cache")
 ROWS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(5)]
 
 
