@@ -353,7 +353,7 @@ def _start(settings: EngineSettings, dtype: str, build: str) -> Any:
 
         if build == CPU_BUILD:
             threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
-            torch.set_num_threads(int(threads.partition(",")[0]))
+            torch.set_num_threads(settings.threads or int(threads.partition(",")[0]))
         llm = LLM(
             model=str(settings.folder),
             load_format="dummy",

@@ -31,6 +31,8 @@ class EngineSettings:
     """Size of the cache of keys and values in GiB. Required on a CPU; elsewhere None takes what memory_share leaves."""
     memory_share: float | None
     """The part of an accelerator's memory that vLLM takes, weights included; None on a CPU."""
+    threads: int | None
+    """CPU threads of its kernels; None takes OMP_NUM_THREADS, or all cores where that is not set."""
     eager: bool
     """Whether to skip torch.compile and CUDA graphs: a quick start, and slower decoding."""
     start_seconds: float
