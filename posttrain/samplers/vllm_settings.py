@@ -31,14 +31,14 @@ class EngineSettings:
     """Size of the cache of keys and values in GiB. Required on a CPU; elsewhere None takes what memory_share leaves."""
     memory_share: float | None
     """The part of an accelerator's memory that vLLM takes, weights included; None on a CPU."""
-    threads: int | None
-    """CPU threads of its kernels; None takes OMP_NUM_THREADS, or all cores where that is not set."""
     eager: bool
     """Whether to skip torch.compile and CUDA graphs: a quick start, and slower decoding."""
     start_seconds: float
     """How long a start may take. The first of an architecture inspects the model and takes minutes."""
     answer_seconds: float
     """How long the engine may take from one sign of life to the next: a decoding step, or a tensor of a sync."""
+    threads: int | None = None
+    """CPU threads of its kernels; None takes OMP_NUM_THREADS, or all cores where that is not set."""
 
 
 def installed_build(names: Sequence[str] = (CPU_BUILD, CUDA_BUILD, TPU_BUILD)) -> str:
