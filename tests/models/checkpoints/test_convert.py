@@ -1,113 +1,37 @@
 """Conversions: round trips to the bit, moments with their weights, and what is refused."""
 
+import dataclasses
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from models.checkpoints import store
-from models.checkpoints.convert import Target, convert
-from models.checkpoints.layouts import to_disk
-from models.checkpoints.manager import CheckpointManager
-from models.checkpoints.run_info import FORMAT, read_run_info
-from models.config import TransformerConfig, load_preset
-from models.functional import FunctionalModel
-from models.parameters import flatten, param_specs
-from pretrain.optimizers import make_optimizer
-from recipes.schema import ModelSection, OptimizerSection
-
-OPTIONS = store.StoreOptions(ocdbt=True, zarr3=True, target_file_bytes=1 << 31)
-STEP = 7
-SMALL = {"embed_dim": 16, "mlp_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "vocab_size": 40}
-
-
-def config_of(family: str, *, tied: bool, num_layers: int) -> TransformerConfig:
-    """A small model of a family; its window and shapes are odd."""
-    preset = {"gemma2": "tiny-gemma2", "qwen3": "tiny-qwen3", "gpt3": "gpt3-52k"}.get(family, "tiny-llama")
-    fields: dict[str, Any] = {**SMALL, "tied_embeddings": tied, "num_layers": num_layers, "max_position": 64}
-    if family == "gpt3":
-        fields["num_kv_heads"] = 2
-    if family == "mistral":
-        fields |= {"family": "mistral", "sliding_window": 5, "attention_pattern": ("sliding",)}
-    if family == "qwen2":
-        fields |= {"family": "qwen2", "qkv_bias": True}
-    return load_preset(preset).replace(**fields)
-
-
-def draw(tree: Any, generator: np.random.Generator) -> Any:
-    """Numbers for shapes: positive, so that they serve as second moments, and no two alike."""
-
-    def fill(leaf: Any) -> np.ndarray:
-        if np.issubdtype(leaf.dtype, np.integer):
-            return np.full(leaf.shape, STEP, leaf.dtype)
-        return generator.uniform(0.01, 1.0, leaf.shape).astype(leaf.dtype)
-
-    return jax.tree.map(fill, tree)
-
-
-def write_step(
-    root: Path, config: TransformerConfig, *, framework: str, scan: bool, optimizer: dict[str, Any], axis: int = 1
-) -> Path:
-    """A step of ours with random parameters and moments; returns its folder."""
-    options = ModelSection(framework=framework, scan_layers=scan, **({"param_scan_axis": axis} if scan else {}))
-    specs = flatten(param_specs(config, scan_layers=scan, param_scan_axis=axis))
-    tx = make_optimizer(
-        OptimizerSection(**optimizer), lambda count: 1e-3, {"/".join(path): spec.axes for path, spec in specs}
-    )
-    shapes = jax.eval_shape(FunctionalModel(config, options).init, jax.random.key(0))
-    generator = np.random.default_rng(0)
-    params, opt_state = draw(shapes, generator), draw(jax.eval_shape(tx.init, shapes), generator)
-    info = {
-        "format": FORMAT,
-        "step": STEP,
-        "model": config.model_dump(mode="json"),
-        "framework": framework,
-        "scan_layers": scan,
-        "param_scan_axis": axis if scan else 1,
-        "recipe_hash": "abc",
-        "wandb_run_id": "w1",
-        "data_state": {"hosts": [{"row": 3}]},
-        "rng": {"seed": 5, "step": STEP},
-        "extra": {"rows_per_step": 4, "skipped_steps": 1},
-    }
-    with CheckpointManager(root, options=OPTIONS, keep=None) as manager:
-        items = to_disk(params, opt_state, np.int32(STEP), framework=framework)
-        manager.save(STEP, items, info, blocking=True)
-    return root / str(STEP)
-
-
-def target(format: str, **changes: Any) -> Target:
-    return Target(**({"format": format, "scan_layers": None, "dtype": None, "params_only": False} | changes))
-
-
-def leaves(step_dir: Path) -> dict[tuple[str, ...], Any]:
-    return store.flatten(store.read_host(step_dir / "items", only=None))
-
-
-def assert_same_step(one: Path, other: Path) -> None:
-    """The same arrays, bit for bit, under the same paths, and the same run.json."""
-    left, right = leaves(one), leaves(other)
-    assert left.keys() == right.keys()
-    for path, value in left.items():
-        if value is None or isinstance(value, dict):
-            assert right[path] == value, path
-            continue
-        assert (value.dtype, value.shape) == (right[path].dtype, right[path].shape), path
-        assert value.tobytes() == right[path].tobytes(), path
-    assert read_run_info(one) == read_run_info(other)
-
+from models.checkpoints.contents import Origin, find_origin, read_ours, require_fitting
+from models.checkpoints.convert import Target, arrange, convert, write_ours
+from models.checkpoints.run_info import RngInfo, read_run_info
+from models.config import load_preset
+from models.parameters import flatten
+from tests.models.checkpoints.conversions import (
+    STEP,
+    assert_same_step,
+    config_of,
+    leaves,
+    small_step,
+    target,
+    write_step,
+)
 
 FAMILIES = ("gpt3", "llama", "mistral", "qwen2", "qwen3", "gemma2")
-OPTIMIZERS: tuple[dict[str, Any], ...] = (
-    {"name": "adamw"},
-    {"name": "adam_pax"},
-    {"name": "sgd", "momentum": 0.9},
-    {"name": "muon"},
-    {"name": "adafactor", "momentum": 0.9},
-    {"name": "adamw", "trainable": ["mlp", "norm"]},
-)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -129,25 +53,196 @@ def test_switching_framework_and_layer_layout_and_back_gives_the_same_bits(
         assert_same_step(source, back)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda section: "-".join(map(str, section.values())))
-def test_moments_of_every_optimizer_move_with_their_weights(tmp_path: Path, optimizer: dict[str, Any]) -> None:
-    """Each moment's layer 10 of the split tree is the 11th slice of the stacked one, as its weight is.
+# --- Hugging Face ---
 
-    Eleven layers, so that their names sort otherwise than their numbers.
-    """
-    config = config_of("llama", tied=False, num_layers=11)
-    source = write_step(tmp_path / "a", config, framework="linen", scan=True, optimizer=optimizer)
-    split = convert(source, tmp_path / "b", target("linen", scan_layers=False), config=None, from_step=None).written
-    back = convert(split, tmp_path / "c", target("linen", scan_layers=True), config=None, from_step=None).written
-    assert_same_step(source, back)
-    stacked, unstacked = leaves(source), leaves(split)
-    checked = 0
-    for path, value in stacked.items():
-        if "layers" not in path or value is None or value.shape == (1,):
-            continue
-        at = path.index("layers")
-        for number in (0, 9, 10):
-            own = unstacked[(*path[:at], f"layers_{number}", *path[at + 1 :])]
-            assert np.array_equal(own, np.take(value, number, axis=min(1, value.ndim - 1))), path
-            checked += 1
-    assert checked > 0
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_through_hugging_face_and_back_are_the_same_bits(tmp_path: Path, family: str, tied: bool) -> None:
+    """The format has no place for an optimizer or a step: they stay behind, and a warning says so."""
+    config = config_of(family, tied=tied, num_layers=3)
+    source = write_step(tmp_path / "a", config, framework="nnx", scan=False, optimizer={"name": "adamw"})
+    folder = convert(source, tmp_path / "hf", target("hf"), config=None, from_step=None).written
+    back = read_ours(
+        convert(folder, tmp_path / "b", target("nnx", scan_layers=False), config=None, from_step=None).written
+    )
+    before = read_ours(source)
+    theirs = dict(flatten(back.params))
+    for path, leaf in flatten(before.params):
+        if family == "gpt3" and path[-1] == "scale":
+            # (scale + 1) - 1: one rounding at a number between 1 and 2.
+            assert np.abs(theirs[path] - leaf).max() <= 2.0**-24
+        else:
+            assert leaf.tobytes() == theirs[path].tobytes(), path
+    assert theirs.keys() == dict(flatten(before.params)).keys()
+    # Windows and scales may be spelt otherwise; what they mean is compared.
+    assert back.config.layer_windows() == before.config.layer_windows()
+    assert (back.moments, int(back.step)) == (None, 0)
+
+
+def test_a_tokenizer_goes_into_the_folder_with_its_ids(shared_dir: Path, tmp_path: Path) -> None:
+    published, tokenizer = shared_dir / "tokenizers/qwen3", tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_bytes(gzip.decompress((published / "tokenizer.json.gz").read_bytes()))
+    shutil.copyfile(published / "tokenizer_config.json", tokenizer / "tokenizer_config.json")
+    source = small_step(tmp_path)
+    done = convert(source, tmp_path / "hf", target("hf", tokenizer=tokenizer), config=None, from_step=None)
+    assert (done.written / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    values = json.loads((done.written / "config.json").read_text())
+    assert values["eos_token_id"] == json.loads((done.written / "generation_config.json").read_text())["eos_token_id"]
+    # And from there on into the next folder, without being named.
+    again = convert(done.written, tmp_path / "again", target("hf"), config=None, from_step=None).written
+    assert (again / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (done.written / "model.safetensors").read_bytes()
+
+
+# --- parts and dtypes ---
+
+
+def test_parameters_alone_are_cast_unrolled_and_at_step_zero(tmp_path: Path) -> None:
+    source = small_step(tmp_path)
+    to = target("nnx", scan_layers=False, dtype="bfloat16", params_only=True)
+    done = convert(source, tmp_path / "b", to, config=None, from_step=None)
+    assert done.written.name == "0"
+    found = leaves(done.written)
+    assert {path[0] for path in found} == {"model", "optimizer"}
+    assert {path for path in found if path[0] == "optimizer"} == {("optimizer", "step")}
+    kernel = leaves(source)["params", "params", "decoder", "layers", "mlp", "wi_0", "kernel"]
+    for number in range(3):
+        own = found["model", "decoder", "layers", str(number), "mlp", "wi_0", "kernel", "value"]
+        assert own.tobytes() == kernel[:, number].astype(ml_dtypes.bfloat16).tobytes()
+    info = read_run_info(done.written)
+    assert (info.data_state, info.rng.step, info.extra["parameters_of_step"]) == (None, 0, STEP)
+
+
+def test_moments_follow_their_parameters_dtype_and_others_keep_theirs(tmp_path: Path) -> None:
+    """With moment_dtype the first moments have their own; the second moments have the parameters'."""
+    source = small_step(tmp_path, optimizer={"name": "adamw", "moment_dtype": "float16"})
+    done = convert(source, tmp_path / "b", target("linen", dtype="bfloat16"), config=None, from_step=None)
+    names = {
+        path[:3] if path[0] == "opt_state" else path[:1]: str(leaf.dtype)
+        for path, leaf in store.flatten(store.read_host(done.written / "items", only=None)).items()
+        if leaf is not None
+    }
+    assert names["opt_state", "0", "mu"] == "float16"
+    assert names["opt_state", "0", "nu"] == names["params",] == "bfloat16"
+    assert names["opt_state", "0", "count"] == "int32"
+
+
+def test_values_beyond_a_dtypes_range_are_refused_by_name(tmp_path: Path) -> None:
+    contents = read_ours(small_step(tmp_path))
+    contents.params["decoder"]["decoder_norm"]["scale"][3] = 1e6
+    with pytest.raises(ValueError, match=r"--dtype=float16: values of decoder/decoder_norm/scale exceed its range"):
+        arrange(contents, target("nnx", dtype="float16"))
+
+
+# --- which step, and what is refused ---
+
+
+def test_the_newest_step_is_read_unless_another_is_named(tmp_path: Path) -> None:
+    root = small_step(tmp_path).parent
+    contents = dataclasses.replace(read_ours(root / str(STEP)), step=np.int32(12))
+    assert contents.info is not None
+    info = contents.info.model_copy(update={"step": 12, "rng": RngInfo(seed=5, step=12)})
+    write_ours(tmp_path / "more", dataclasses.replace(contents, info=info), framework="linen", origin="ours")
+    (tmp_path / "more/12").rename(root / "12")
+    assert convert(root, tmp_path / "b", target("nnx"), config=None, from_step=None).written.name == "12"
+    assert convert(root, tmp_path / "c", target("nnx"), config=None, from_step=STEP).written.name == str(STEP)
+    with pytest.raises(ValueError, match=r"--from-step=9: .* has the steps \[7, 12\]; choose one"):
+        convert(root, tmp_path / "d", target("nnx"), config=None, from_step=9)
+
+
+def test_a_run_a_folder_of_steps_a_step_and_its_items_name_the_same_checkpoint(tmp_path: Path) -> None:
+    step = small_step(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "a").rename(tmp_path / "run/checkpoints")
+    step = tmp_path / "run/checkpoints" / step.name
+    for path in (tmp_path / "run", step.parent, step, step / "items"):
+        assert find_origin(path, from_step=None) == Origin("ours", step)
+
+
+def test_a_damaged_source_is_refused_by_file(tmp_path: Path) -> None:
+    source = small_step(tmp_path)
+    victim = max((source / "items").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"is damaged and was not converted.*--from-step(.|\n)*truncated"):
+        convert(source, tmp_path / "b", target("nnx"), config=None, from_step=None)
+
+
+def test_a_leaf_that_is_missing_surplus_or_not_finite_is_named(tmp_path: Path) -> None:
+    contents = read_ours(small_step(tmp_path))
+    del contents.params["decoder"]["decoder_norm"]
+    contents.params["decoder"]["extra"] = {"kernel": np.ones(2)}
+    contents.params["token_embedder"]["embedding"][0, 0] = np.nan
+    with pytest.raises(ValueError, match="3 parameters") as error:
+        require_fitting(contents, where="here")
+    for line in ("missing: decoder/decoder_norm/scale", "surplus: decoder/extra/kernel", "not finite: token_embedder"):
+        assert line in str(error.value)
+
+
+def test_a_taken_destination_and_senseless_options_are_refused(tmp_path: Path) -> None:
+    source, taken = small_step(tmp_path), tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+
+    def refused(match: str, to: Target, path: Path = tmp_path / "b", **options: Any) -> None:
+        arguments: dict[str, Any] = {"config": None, "from_step": None} | options
+        with pytest.raises(ValueError, match=match):
+            convert(source, path, to, **arguments)
+
+    refused(r"taken: a conversion needs a folder of its own", target("nnx"), taken)
+    refused(r"--model: .* says its own architecture", target("nnx"), config=load_preset("tiny-llama"))
+    refused(r"--scan: a Hugging Face folder has a tensor for each layer", target("hf", scan_layers=True))
+    refused(r"--tokenizer: only a Hugging Face folder holds a tokenizer", target("nnx", tokenizer=tmp_path))
+    with pytest.raises(ValueError, match=r"nowhere: does not exist: a checkpoint is"):
+        find_origin(tmp_path / "nowhere", from_step=None)
+    assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".*"))
+
+
+# --- whole or not at all ---
+
+
+@pytest.mark.parametrize("format", ["nnx", "hf", "maxtext"])
+def test_a_destination_appears_only_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """At the last rename everything is on the disk beside the destination, and the destination is not there."""
+    source, destination, seen = small_step(tmp_path), tmp_path / "b", []
+    rename = os.rename
+
+    def watched(old: Any, new: Any) -> None:
+        if Path(new) == destination:
+            assert not destination.exists()
+            seen.append(sorted(path.relative_to(old) for path in Path(old).rglob("*")))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", watched)
+    convert(source, destination, target(format), config=None, from_step=None)
+    assert seen == [sorted(path.relative_to(destination) for path in destination.rglob("*"))]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from models.checkpoints import convert
+rename = os.rename
+os.rename = lambda old, new: os.kill(os.getpid(), signal.SIGKILL) if Path(new).name == "b" else rename(old, new)
+target = convert.Target("nnx", None, None, False)
+convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), target, config=None, from_step=None)
+"""
+
+
+def test_a_killed_conversion_leaves_no_destination_and_the_next_one_clears_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, destination = small_step(tmp_path), tmp_path / "b"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, source, destination], env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not destination.exists() and (tmp_path / ".b.partial").exists()
+    with caplog.at_level("WARNING", logger="models"):
+        written = convert(source, destination, target("nnx"), config=None, from_step=None).written
+    assert "removing what an interrupted conversion left" in caplog.text
+    assert read_run_info(written).step == STEP and not (tmp_path / ".b.partial").exists()
