@@ -154,6 +154,15 @@ def distill(loaded: LoadedRecipe) -> None:
     train(loaded, "posttrain.trainers.distill")
 
 
+@recipe_verb("grpo")
+def grpo(loaded: LoadedRecipe) -> None:
+    """Train a model by rewards of what it writes (GRPO, GSPO, Dr. GRPO, DAPO, RLOO).
+
+    Exit codes as for pretrain.
+    """
+    train(loaded, "posttrain.trainers.grpo")
+
+
 def train(loaded: LoadedRecipe, trainer: str) -> None:
     """Runs a recipe with the `run` function of the module named `trainer`; prints how it ended.
 

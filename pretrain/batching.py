@@ -147,3 +147,8 @@ def split_microbatches(batch: Batch, plan: BatchPlan) -> Batch:
         return grouped.swapaxes(0, 1)[:, : plan.rows_trained]
 
     return jax.tree.map(split, batch)
+
+
+def join_microbatches(rows: Batch) -> Batch:
+    """[G, rows, ...] arrays back to [B, ...]: the inverse of `split_microbatches` where every row is trained."""
+    return jax.tree.map(lambda micro: micro.swapaxes(0, 1).reshape(-1, *micro.shape[2:]), rows)

@@ -24,10 +24,10 @@ from pretrain.checkpointing import Identity, open_manager
 from pretrain.evaluate import perplexity
 from pretrain.guard import DataEnded, Interrupted, NonFiniteError, StopRequest, StopVote, save_batch
 from pretrain.performance import StepTimer, Trace, peak_cache_path, peak_flops, train_flops_per_token
-from pretrain.setup import Setup
+from pretrain.setup import ModelSetup, SessionSetup
 from pretrain.start import first_state
 from pretrain.state import TrainState
-from pretrain.step import Batch, Metrics, StepOptions
+from pretrain.step import ROWS, Batch, Metrics, StepOptions
 from recipes.metrics import MetricsWriter, open_metrics
 from recipes.rundir import Run, checkpoints_dir, profile_dir, record_devices, wandb_id_path
 from recipes.schema import TrainingRecipe, recipe_hash
@@ -46,11 +46,17 @@ class Work:
     next_batch: Callable[[], Batch]
     """The next batch on the mesh."""
     evaluate: Callable[[TrainState], dict[str, float]]
-    """The metrics of a held-out pass; called where eval.interval says."""
+    """The metrics of a held-out pass."""
+    evaluation_interval: int
+    """Completed steps between held-out passes; 0 for none."""
+    reached: Callable[[dict[str, float]], bool]
+    """Whether such metrics end the run."""
     items: Callable[[TrainState], dict[str, Any]]
     """The tree that a checkpoint holds."""
     data_state: Callable[[], dict[str, Any]]
     """The position of the data after the last batch, a JSON value."""
+    host_metrics: Callable[[int], dict[str, float]] = lambda done: {}
+    """What the host measured of the step that brought the run to so many completed steps."""
     tokens: Callable[[dict[str, float]], float] = lambda row: row["learning/total_weights"]
     """The trained tokens of a step, from its metrics."""
     before_save: Callable[[], None] = lambda: None
@@ -100,6 +106,11 @@ class TrainingSession:
         self._ended = self.done >= recipe.train.steps
         timer.start()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last step was made."""
+        return self._ended
+
     def next_batch(self) -> Batch | None:
         """The batch of the next step, on the mesh; None once the run has ended."""
         return None if self._ended else self.work.next_batch()
@@ -121,7 +132,10 @@ class TrainingSession:
         dispatched = self._dispatch(batch)
         if recipe.train.on_nonfinite == "stop":
             self._proceed = dispatched.metrics["finite"]
-        evaluates, saves = is_due(recipe.eval.interval, self.done), is_due(recipe.checkpoint.interval, self.done)
+        evaluates, saves = (
+            is_due(self.work.evaluation_interval, self.done),
+            is_due(recipe.checkpoint.interval, self.done),
+        )
         interrupted, last = self._vote(), self.done == recipe.train.steps
         if self._pending is not None:
             self._report(self._pending)
@@ -166,7 +180,8 @@ class TrainingSession:
     def _report(self, step: Dispatched) -> None:
         """Waits for a step's metrics, writes them, and stops the run if they are not finite or there was no data."""
         done, recipe = step.done, self.recipe
-        values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        scalars = {name: value for name, value in step.metrics.items() if not name.startswith(ROWS)}
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         finished = time.perf_counter() if step.finished is None else step.finished
         finite = bool(values.pop("finite"))
         skips = recipe.train.on_nonfinite == "skip"
@@ -175,7 +190,8 @@ class TrainingSession:
                 f"train.steps={recipe.train.steps}: the data ended after {done - 1} steps; lower train.steps, or begin "
                 "a run with a higher data.num_epochs"
             )
-        row = {**values, **self.timer.step(self.work.tokens(values), finished)}
+        row = {**values, **self.work.host_metrics(done)}
+        row |= self.timer.step(self.work.tokens(row), finished)
         row["learning/perplexity"] = perplexity(values["learning/loss"]) if finite else math.nan
         if skips:
             self.skipped += not finite
@@ -196,11 +212,10 @@ class TrainingSession:
             logger.warning("step %d: not finite; the update was skipped and its batch saved to %s", done, path)
 
     def _evaluate(self) -> bool:
-        """Writes the held-out metrics; True once the loss reaches the recipe's target."""
+        """Writes the held-out metrics; True once they reach the recipe's target."""
         row = self.work.evaluate(self.state)
         self.writer.write(self.done, row)
-        target = self.recipe.eval.target_loss
-        return target > 0.0 and row["evaluation/loss"] <= target
+        return self.work.reached(row)
 
     def _stop_message(self) -> str:
         asked = f"{self.stop.name or 'another host'}: stopped after {self.done} steps"
@@ -242,7 +257,7 @@ def drive(session: TrainingSession) -> None:
 
 
 def run_session(
-    recipe: TrainingRecipe, setup: Setup, work: Work, attempt: Run, *, loop: Callable[[TrainingSession], None]
+    recipe: TrainingRecipe, setup: SessionSetup, work: Work, attempt: Run, *, loop: Callable[[TrainingSession], None]
 ) -> Result:
     """Runs an attempt from its first state, or the one it resumes, to its last step; closes what it opened.
 
@@ -291,6 +306,11 @@ def run_session(
     return Result(attempt.dir, int(session.state.step), session.last_row, session.state)
 
 
-def _timer(recipe: TrainingRecipe, setup: Setup) -> StepTimer:
+def _timer(recipe: TrainingRecipe, setup: ModelSetup) -> StepTimer:
     peak = peak_flops(jax.local_devices()[0], recipe.model.compute_dtype, recipe.logging.peak_flops, peak_cache_path())
     return StepTimer(train_flops_per_token(setup.config), peak * setup.mesh.size)
+
+
+def reaches(target: float) -> Callable[[dict[str, float]], bool]:
+    """Whether a held-out loss is at or below a target; 0 is none."""
+    return lambda row: target > 0.0 and row["evaluation/loss"] <= target

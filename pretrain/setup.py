@@ -16,7 +16,7 @@ from models.sharding import DEFAULT_RULES, Rules, batch_sharding
 from models.tokenizer import load_tokenizer
 from pretrain.batching import BatchPlan, HostShare, check_divisible, host_share, plan_batch
 from pretrain.data.build import make_eval_iterator, make_train_iterator
-from pretrain.data.iterators import BatchIterator, EvalIterator
+from pretrain.data.iterators import BatchIterator, DataPosition, EvalIterator
 from pretrain.losses import LossFn, make_loss_fn
 from pretrain.optimizers import make_optimizer, trainable_paths
 from pretrain.schedules import make_schedule
@@ -48,8 +48,19 @@ class ModelSetup:
 
 
 @dataclass(frozen=True)
-class Setup(ModelSetup):
-    """The parts of a run that its recipe decides."""
+class SessionSetup(ModelSetup):
+    """What a session needs beyond the model: the data it reads on from."""
+
+    train_iterator: DataPosition
+
+    def close(self) -> None:
+        """Stops the threads that read data."""
+        self.train_iterator.close()
+
+
+@dataclass(frozen=True)
+class Setup(SessionSetup):
+    """The parts of a run on rows that a loss function reads."""
 
     train_iterator: BatchIterator
     eval_iterator: EvalIterator | None
@@ -57,7 +68,7 @@ class Setup(ModelSetup):
 
     def close(self) -> None:
         """Stops the threads that read data."""
-        self.train_iterator.close()
+        super().close()
         if self.eval_iterator is not None:
             self.eval_iterator.close()
 
@@ -91,7 +102,9 @@ def prepare(recipe: PretrainRecipe) -> Setup:
     Raises:
         ValueError: in the house form, for whatever in the recipe doesn't fit the model, the data or the devices.
     """
-    parts = prepare_model(recipe, sequence_length=recipe.data.sequence_length)
+    parts = prepare_model(
+        recipe, sequence_length=recipe.data.sequence_length, eval_per_device=recipe.eval.per_device_batch_size
+    )
     train_iterator, eval_iterator = _iterators(recipe, parts.config, parts.plan, parts.eval_plan, parts.share)
     loss_fn = make_loss_fn(
         parts.model, z_loss=recipe.train.z_loss, chunk_size=parts.chunk_size, trainable=parts.trainable
@@ -99,8 +112,13 @@ def prepare(recipe: PretrainRecipe) -> Setup:
     return Setup(**vars(parts), train_iterator=train_iterator, eval_iterator=eval_iterator, loss_fn=loss_fn)
 
 
-def prepare_model(recipe: TrainingRecipe, *, sequence_length: int) -> ModelSetup:
+def prepare_model(recipe: TrainingRecipe, *, sequence_length: int, eval_per_device: float | None = None) -> ModelSetup:
     """Builds and checks the parts of any training run on rows of `sequence_length` tokens.
+
+    Args:
+        recipe: of the run.
+        sequence_length: of its rows.
+        eval_per_device: rows of an evaluation batch on a device; None is train.per_device_batch_size.
 
     Raises:
         ValueError: in the house form, for whatever in the recipe doesn't fit the model or the devices.
@@ -109,7 +127,7 @@ def prepare_model(recipe: TrainingRecipe, *, sequence_length: int) -> ModelSetup
     check_lengths(sequence_length, config)
     mesh = make_mesh(recipe.mesh)
     rules = mesh_rules(recipe.mesh.rules)
-    plan, eval_plan = _plans(recipe, mesh)
+    plan, eval_plan = _plans(recipe, mesh, eval_per_device)
     for each in (plan, eval_plan):
         check_divisible(each, mesh, rules, sequence_length=sequence_length)
     sharding = batch_sharding(mesh, rules)
@@ -142,9 +160,9 @@ def prepare_model(recipe: TrainingRecipe, *, sequence_length: int) -> ModelSetup
     )
 
 
-def _plans(recipe: TrainingRecipe, mesh: Mesh) -> tuple[BatchPlan, BatchPlan]:
+def _plans(recipe: TrainingRecipe, mesh: Mesh, eval_rows: float | None) -> tuple[BatchPlan, BatchPlan]:
     """The rows of a training step and of an evaluation batch."""
-    train, eval_rows = recipe.train, recipe.eval.per_device_batch_size
+    train = recipe.train
     plan = plan_batch(
         num_devices=mesh.size,
         per_device=train.per_device_batch_size,

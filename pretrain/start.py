@@ -11,14 +11,16 @@ from models.checkpoints.manifest import Mode
 from models.functional import FunctionalModel, Params
 from models.parameters import is_spec, param_specs
 from pretrain.checkpointing import Identity, find_resume_step, own_data_state, restore_state
-from pretrain.setup import ModelSetup, Setup
+from pretrain.setup import ModelSetup, SessionSetup
 from pretrain.state import TrainState, init_state
 from recipes.schema import ModelSection, TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
 
-def first_state(recipe: TrainingRecipe, setup: Setup, identity: Identity, folder: Path) -> tuple[TrainState, int]:
+def first_state(
+    recipe: TrainingRecipe, setup: SessionSetup, identity: Identity, folder: Path
+) -> tuple[TrainState, int]:
     """The state that the first step of an attempt takes; the data iterator is put where that step reads on.
 
     Args:

@@ -10,7 +10,7 @@ nothing, not even the number of completed steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from models.functional import Params
-from pretrain.batching import BatchPlan, split_microbatches
+from pretrain.batching import BatchPlan, join_microbatches, split_microbatches
 from pretrain.losses import LossFn
 from pretrain.optimizers import clip_by_global_norm
 from pretrain.state import StateShardings, TrainState
@@ -26,6 +26,8 @@ from pretrain.sums import LossOutput, Mean
 
 Metrics = dict[str, jax.Array]
 Batch = Any
+ROWS = "rows/"
+"""Before the names of metrics that are arrays of a batch's rows, and no numbers."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ def accumulate(
 
     def body(
         carry: tuple[LossOutput, Params], scanned: tuple[Batch, jax.Array]
-    ) -> tuple[tuple[LossOutput, Params], None]:
+    ) -> tuple[tuple[LossOutput, Params], dict[str, jax.Array]]:
         sums, grads = grads_of(*scanned)
-        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+        return jax.tree.map(jnp.add, carry, (replace(sums, rows={}), grads)), sums.rows
 
-    shapes = jax.eval_shape(grads_of, jax.tree.map(lambda rows: rows[0], micros), 0)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    totals, _ = jax.lax.scan(body, zeros, (micros, jnp.arange(plan.microbatches)))
-    return totals
+    shapes, grad_shapes = jax.eval_shape(grads_of, jax.tree.map(lambda rows: rows[0], micros), 0)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (replace(shapes, rows={}), grad_shapes))
+    (sums, grads), rows = jax.lax.scan(body, zeros, (micros, jnp.arange(plan.microbatches)))
+    return replace(sums, rows=join_microbatches(rows)), grads
 
 
 def make_train_step(
@@ -125,6 +127,7 @@ def make_train_step(
             "learning/lr": jnp.asarray(schedule(_updates_made(state)), jnp.float32),
             "finite": finite,
             **{name: _divide(mean) for name, mean in sums.metrics.items()},
+            **{ROWS + name: values for name, values in sums.rows.items()},
         }
         if options.report_norms:
             clipped = raw_norm if options.clip_norm == 0 else jnp.minimum(raw_norm, options.clip_norm)

@@ -4,7 +4,7 @@ A loss never divides: it gives a numerator and a weight, and the step divides on
 Metrics are kept the same way, each with a weight of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -35,6 +35,8 @@ class LossOutput:
     """Divisor: tokens, sequences or pairs, as the loss says."""
     metrics: dict[str, Mean]
     """Further means under the names of the log, such as `policy/kl`."""
+    rows: dict[str, Any] = field(default_factory=dict)
+    """Arrays [R, ...] of the batch's rows that the caller wants back, such as log-probabilities; never summed."""
 
 
 def masked_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Mean:

@@ -22,13 +22,13 @@ from pretrain.checkpointing import gather_data_state, state_items
 from pretrain.data.batch import TokenBatch, padding_batch
 from pretrain.evaluate import evaluate
 from pretrain.runtime import require_shared_directory, runtime
-from pretrain.session import Result, Work, drive, run_session, step_options
+from pretrain.session import Result, Work, drive, reaches, run_session, step_options
 from pretrain.setup import Setup, prepare
 from pretrain.state import TrainState
 from pretrain.step import jit_train_step, make_eval_step, make_train_step
 from recipes.load import LoadedRecipe
 from recipes.rundir import create_run
-from recipes.schema import PretrainRecipe, TrainingRecipe
+from recipes.schema import PretrainRecipe, RowsRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
                 return run_session(recipe, setup, work, attempt, loop=drive)
 
 
-def token_work(recipe: TrainingRecipe, setup: Setup, *, sequence_length: int) -> Work:
+def token_work(recipe: RowsRecipe, setup: Setup, *, sequence_length: int) -> Work:
     """Next-token training on rows of `sequence_length` tokens, whichever tokens the rows say to train."""
     step = make_train_step(setup.loss_fn, setup.tx, setup.schedule, setup.shardings, step_options(recipe, setup.plan))
     eval_step = jax.jit(make_eval_step(setup.loss_fn, setup.eval_plan.rows_loaded))
@@ -80,6 +80,8 @@ def token_work(recipe: TrainingRecipe, setup: Setup, *, sequence_length: int) ->
         train_step=jit_train_step(step, setup.shardings, setup.batch_sharding),
         next_batch=next_batch,
         evaluate=evaluation,
+        evaluation_interval=recipe.eval.interval,
+        reached=reaches(recipe.eval.target_loss),
         items=items,
         data_state=lambda: gather_data_state(setup.train_iterator.get_state()),
     )

@@ -20,7 +20,6 @@ from recipes.schema import LoggingSection, Recipe, effective_values
 # What a line of the console shows of a row, in this order; a row with none of these is shown whole.
 HEADLINES = {
     "learning/loss": "loss",
-    "policy/loss": "loss",
     "evaluation/loss": "eval loss",
     "rewards/total/mean": "reward",
     "dpo/accuracy": "accuracy",

@@ -29,16 +29,25 @@ from recipes.sections.base import (
 from recipes.sections.data import DataSection, EvalSection, MixtureEntry
 from recipes.sections.model import MESH_AXES, MeshSection, ModelSection, TokenizerSection
 from recipes.sections.posttrain_data import PosttrainDataSection, PreferenceDataSection, RecordsSection
+from recipes.sections.reinforcement import (
+    DoctorSection,
+    PromptDataSection,
+    RewardsSection,
+    RLEvalSection,
+    RLSection,
+    SamplerSection,
+)
 from recipes.sections.run import CheckpointSection, LoggingSection, RunSection
 from recipes.sections.training import OptimizerSection, ScheduleSection, TrainSection
 
 __all__ = [
     "MESH_AXES", "RECIPE_KINDS", "CheckpointSection", "DPORecipe", "DPOSection", "DataSection", "DistillRecipe",
-    "DistillSection", "EvalSection", "FrozenMap", "LoggingSection", "MeshSection", "MixtureEntry", "ModelSection",
-    "OnlyWhen", "OptimizerSection", "PosttrainDataSection", "PreferenceDataSection", "PretrainRecipe", "Problem",
-    "Recipe", "RuleError", "RunSection", "SFTRecipe", "ScheduleSection", "Section", "TeacherSection",
-    "TokenizerSection", "TrainSection", "TrainingRecipe", "Unless", "conditions", "effective_values", "flatten",
-    "plain", "recipe_hash", "spell",
+    "DistillSection", "DoctorSection", "EvalSection", "FrozenMap", "GRPORecipe", "LoggingSection", "MeshSection",
+    "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection", "PosttrainDataSection", "PreferenceDataSection",
+    "PretrainRecipe", "Problem", "PromptDataSection", "RLEvalSection", "RLSection", "Recipe", "RewardsSection",
+    "RowsRecipe", "RuleError", "RunSection", "SFTRecipe", "SamplerSection", "ScheduleSection", "Section",
+    "TeacherSection", "TokenizerSection", "TrainSection", "TrainingRecipe", "Unless", "conditions",
+    "effective_values", "flatten", "plain", "recipe_hash", "spell",
 ]  # fmt: skip
 
 
@@ -79,7 +88,6 @@ class TrainingRecipe(Recipe):
 
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
-    eval: EvalSection = EvalSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
@@ -105,6 +113,19 @@ class TrainingRecipe(Recipe):
                 "set run.dir to a folder that all of them see",
             )
 
+    def tokenizer_problems(self, why: str) -> Iterator[Problem]:
+        """Yields the problem of a recipe that reads text, as `why` says, and names no tokenizer."""
+        if self.tokenizer.path is None and self.tokenizer.kind != "bytes":
+            yield Problem(
+                "tokenizer.path", None, why, "set tokenizer.path to a folder, a hub id, a .model file, or bytes"
+            )
+
+
+class RowsRecipe(TrainingRecipe):
+    """What every kind of recipe has that trains on rows of data and has a held-out loss."""
+
+    eval: EvalSection = EvalSection()
+
     def held_out_problems(self, data: DataSection | RecordsSection) -> Iterator[Problem]:
         """Yields the problem of an evaluation that would read what is trained on."""
         if self.eval.interval > 0 and not any((data.eval_path, data.eval_name, data.eval_split)):
@@ -115,15 +136,8 @@ class TrainingRecipe(Recipe):
                 "set data.eval_split, data.eval_name or data.eval_path, or eval.interval=0",
             )
 
-    def tokenizer_problems(self, why: str) -> Iterator[Problem]:
-        """Yields the problem of a recipe that reads text, as `why` says, and names no tokenizer."""
-        if self.tokenizer.path is None and self.tokenizer.kind != "bytes":
-            yield Problem(
-                "tokenizer.path", None, why, "set tokenizer.path to a folder, a hub id, a .model file, or bytes"
-            )
 
-
-class PretrainRecipe(TrainingRecipe):
+class PretrainRecipe(RowsRecipe):
     """Next-token training from random weights, or on from a checkpoint."""
 
     kind: Literal["pretrain"] = "pretrain"
@@ -137,7 +151,7 @@ class PretrainRecipe(TrainingRecipe):
             yield from self.held_out_problems(self.data)
 
 
-class SFTRecipe(TrainingRecipe):
+class SFTRecipe(RowsRecipe):
     """Supervised fine-tuning on examples to imitate."""
 
     kind: Literal["sft"] = "sft"
@@ -150,7 +164,7 @@ class SFTRecipe(TrainingRecipe):
         yield from self.held_out_problems(self.data)
 
 
-class DPORecipe(TrainingRecipe):
+class DPORecipe(RowsRecipe):
     """Training on pairs of which one answer is preferred."""
 
     kind: Literal["dpo"] = "dpo"
@@ -164,7 +178,7 @@ class DPORecipe(TrainingRecipe):
         yield from self.held_out_problems(self.data)
 
 
-class DistillRecipe(TrainingRecipe):
+class DistillRecipe(RowsRecipe):
     """Training a student on what a frozen teacher knows of the same rows."""
 
     kind: Literal["distill"] = "distill"
@@ -194,9 +208,47 @@ class DistillRecipe(TrainingRecipe):
             )
 
 
+class GRPORecipe(TrainingRecipe):
+    """Reinforcement learning from verifiable rewards: GRPO and its kin."""
+
+    kind: Literal["grpo"] = "grpo"
+    data: PromptDataSection
+    rl: RLSection = RLSection()
+    sampler: SamplerSection = SamplerSection()
+    rewards: RewardsSection = RewardsSection()
+    doctor: DoctorSection = DoctorSection()
+    eval: RLEvalSection = RLEvalSection()
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of reinforcement learning that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        yield from self.tokenizer_problems("prompts are text")
+        if self.model.framework == "linen":
+            yield Problem(
+                "model.framework",
+                "linen",
+                "the policy is sampled from and trained as an NNX model",
+                "set model.framework=nnx; a Linen checkpoint loads into it",
+            )
+        if self.train.gradient_accumulation_steps != 1:
+            yield Problem(
+                "train.gradient_accumulation_steps",
+                self.train.gradient_accumulation_steps,
+                "rows are packed first, and then split into as many micro-batches as train.per_device_batch_size asks",
+                "leave it at 1",
+            )
+        if self.model.dropout_rate > 0.0:
+            yield Problem(
+                "model.dropout_rate",
+                self.model.dropout_rate,
+                "the sampler draws without dropout, so the policy's probabilities would not be the sampler's",
+                "set model.dropout_rate=0",
+            )
+
+
 SECTION_ORDER = (
-    "kind", "model", "teacher", "tokenizer", "data", "lora", "dpo", "distill", "eval", "optimizer", "schedule", "train",
-    "mesh", "checkpoint", "run", "logging",
+    "kind", "model", "teacher", "tokenizer", "data", "lora", "dpo", "distill", "rl", "sampler", "rewards", "doctor",
+    "eval", "optimizer", "schedule", "train", "mesh", "checkpoint", "run", "logging",
 )  # fmt: skip
 """How a recipe is printed."""
 
@@ -205,6 +257,7 @@ RECIPE_KINDS: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,
     "dpo": DPORecipe,
     "distill": DistillRecipe,
+    "grpo": GRPORecipe,
 }
 
 

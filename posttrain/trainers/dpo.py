@@ -38,7 +38,7 @@ from pretrain.data.batch import FIELD_NAMES
 from pretrain.data.iterators import RowIterator
 from pretrain.optimizers import stop_frozen_gradients
 from pretrain.runtime import require_shared_directory, runtime
-from pretrain.session import Result, TrainingSession, Work, run_session, step_options
+from pretrain.session import Result, TrainingSession, Work, reaches, run_session, step_options
 from pretrain.setup import ModelSetup, Setup, prepare_model
 from pretrain.start import role_params
 from pretrain.state import TrainState
@@ -143,7 +143,9 @@ def prepare(recipe: DPORecipe) -> tuple[Setup, Callable[[], dict[str, RowIterato
     Returns:
         The parts, and a function that opens one pass over each kind of pair that the run reads.
     """
-    parts = prepare_model(recipe, sequence_length=recipe.data.sequence_length)
+    parts = prepare_model(
+        recipe, sequence_length=recipe.data.sequence_length, eval_per_device=recipe.eval.per_device_batch_size
+    )
     tokenizer = load_tokenizer(recipe.tokenizer)
     shared: dict[str, Any] = {
         "vocab_size": parts.config.vocab_size,
@@ -203,6 +205,8 @@ def pair_work(recipe: DPORecipe, setup: Setup, scores: Scores, bundle: ModelBund
         train_step=jit_train_step(step, setup.shardings, None),
         next_batch=next_batch,
         evaluate=evaluation,
+        evaluation_interval=recipe.eval.interval,
+        reached=reaches(recipe.eval.target_loss),
         items=lambda state: state_items(state, recipe.model.framework),
         data_state=lambda: gather_data_state(setup.train_iterator.get_state()),
         tokens=lambda row: row[TOKENS_PER_PAIR] * row["learning/total_weights"],

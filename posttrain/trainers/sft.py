@@ -78,7 +78,9 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
 
 def prepare_rows(recipe: SFTRecipe | DistillRecipe) -> Setup:
     """Builds and checks the parts of a run on rows of examples."""
-    parts = prepare_model(recipe, sequence_length=recipe.data.sequence_length)
+    parts = prepare_model(
+        recipe, sequence_length=recipe.data.sequence_length, eval_per_device=recipe.eval.per_device_batch_size
+    )
     tokenizer = load_tokenizer(recipe.tokenizer)
     shared: dict[str, Any] = {
         "vocab_size": parts.config.vocab_size,

@@ -20,6 +20,23 @@ TEXT_TALLIES = ("target_tokens", "text_bytes")
 """What is counted over the batches handed out: the fields of TextTotals."""
 
 
+class DataPosition(Protocol):
+    """Data whose position can be saved."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after what was handed out last, as a JSON value."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position; what comes next is what followed it.
+
+        Raises:
+            ValueError: the state belongs to other data or another order.
+        """
+
+    def close(self) -> None:
+        """Stops what reads ahead."""
+
+
 @runtime_checkable
 class BatchIterator(Protocol):
     """Batches for one host, with a position that can be saved."""

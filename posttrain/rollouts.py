@@ -1,0 +1,258 @@
+"""A step's completions, from sampling to advantages: three plain functions over host data.
+
+completions = sample(sampler, problems, ...)      token ids with the sampler's log-probabilities
+judged      = judge(pool, problems, completions)  every reward of every completion, and one total
+advantages  = weigh(judged, ...)                  relative to the group
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.tokenizer import Tokenizer
+from posttrain.advantages import group_advantages, has_signal
+from posttrain.data.policy_rows import SampledSequence
+from posttrain.data.problems import TAGS
+from posttrain.data.prompts import PromptRow
+from posttrain.losses.policy import ALGORITHMS
+from posttrain.samplers.base import Completion, Prompt, Sampler, SamplerError, Sampling
+from recipes.schema import RewardsSection, RLSection
+from rewards.base import Outcome, RewardInfo, RewardSpec
+from rewards.combination import Combined, FailureRule, combine
+from rewards.pool import PoolLimits, RewardPool
+
+START_SECONDS = 120.0
+"""For a process that runs rewards to start and read the user's file."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Completions of G each for P problems, with their rewards; flat fields have the problems' order."""
+
+    problems: list[PromptRow]
+    """[P]."""
+    completions: list[Completion]
+    """[P * G]."""
+    texts: list[str]
+    """[P * G]: without special tokens."""
+    outcomes: list[tuple[Outcome, ...]]
+    """[P * G]: what each reward said."""
+    combined: Combined
+    """Totals, and which completions may be learnt from."""
+
+    @property
+    def num_generations(self) -> int:
+        """G."""
+        return len(self.completions) // len(self.problems)
+
+    def totals(self) -> np.ndarray:
+        """Total rewards, float64 [P, G]."""
+        return self.combined.totals.reshape(len(self.problems), -1)
+
+    def kept(self) -> np.ndarray:
+        """Which completions may be learnt from, bool [P, G]."""
+        return self.combined.kept.reshape(len(self.problems), -1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """All that a step learns from."""
+
+    judged: Judged
+    advantages: np.ndarray
+    """float64 [P, G]."""
+    sequences: list[SampledSequence]
+    """[P * G]."""
+    sample_seconds: float
+    reward_seconds: float
+    resampled: int
+    """Groups that were replaced because their rewards did not differ."""
+
+
+def sample(sampler: Sampler, problems: Sequence[PromptRow], sampling: Sampling) -> list[Completion]:
+    """Samples completions of one weight version.
+
+    Raises:
+        SamplerError: the engine failed, or gave completions of several versions or of the wrong prompts.
+    """
+    prompts = [Prompt(tuple(problem.token_ids), problem.prompt_id) for problem in problems]
+    completions = sampler.generate(prompts, sampling)
+    wanted = [(prompt.prompt_id, index) for prompt in prompts for index in range(sampling.num_samples)]
+    if [(one.prompt_id, one.sample_index) for one in completions] != wanted:
+        raise SamplerError("sampler: completions came back in another order than the prompts': a fault of the engine")
+    versions = {one.weight_version for one in completions}
+    if versions != {sampler.weight_version}:
+        raise SamplerError(
+            f"sampler: completions of weight versions {sorted(versions)} in one step; a fault of the engine"
+        )
+    return completions
+
+
+class Judge:
+    """A recipe's rewards: their processes, and the rule for those that fail. Use it in a `with` statement."""
+
+    def __init__(self, section: RewardsSection, *, reward_file: Path | None) -> None:
+        specs = [
+            RewardSpec(name, float(weight), section.options.get(name, {})) for name, weight in section.functions.items()
+        ]
+        limits = PoolLimits(
+            num_workers=section.num_workers,
+            item_seconds=section.timeout_seconds,
+            call_seconds=section.call_seconds,
+            start_seconds=START_SECONDS,
+            memory_bytes=None,
+        )
+        self._pool = RewardPool(specs, tags=TAGS, reward_file=reward_file, limits=limits)
+        self._on_failure: FailureRule = section.on_failure
+        self.infos: tuple[RewardInfo, ...] = ()
+
+    def __enter__(self) -> "Judge":
+        self.infos = self._pool.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
+
+    def __call__(self, problems: list[PromptRow], completions: list[Completion], tokenizer: Tokenizer) -> Judged:
+        """Scores completions, and adds the rewards of each up.
+
+        Raises:
+            RewardFailure: a reward gave no value and the rule is to stop.
+            RewardPoolError: the processes cannot be kept alive.
+        """
+        group = len(completions) // len(problems)
+        texts = [tokenizer.decode(one.token_ids.tolist(), skip_special=True) for one in completions]
+        outcomes = self._pool.score([problems[number // group].reward_input(text) for number, text in enumerate(texts)])
+        groups = [number // group for number in range(len(completions))]
+        combined = combine(outcomes, self.infos, groups=groups, on_failure=self._on_failure)
+        return Judged(problems, completions, texts, outcomes, combined)
+
+
+def weigh(judged: Judged, rl: RLSection) -> tuple[np.ndarray, list[SampledSequence]]:
+    """Advantages [P, G], and each completion as a sequence of the update."""
+    kept = judged.kept()
+    if rl.mask_truncated:
+        finished = np.array([one.finish_reason == "stop" for one in judged.completions]).reshape(kept.shape)
+        kept = kept & finished
+    estimator = rl.advantage or ALGORITHMS[rl.loss_algo].advantage
+    advantages = group_advantages(judged.totals(), estimator=estimator, kept=kept)
+    group = judged.num_generations
+    sequences = [
+        SampledSequence(
+            judged.problems[number // group].token_ids,
+            one.token_ids,
+            one.logprobs,
+            float(advantages.flat[number]),
+            bool(kept.flat[number]),
+        )
+        for number, one in enumerate(judged.completions)
+    ]
+    return advantages, sequences
+
+
+def collect(
+    draw: Callable[[int, set[int]], list[PromptRow]],
+    complete: Callable[[list[PromptRow]], list[Completion]],
+    judge_all: Callable[[list[PromptRow], list[Completion]], Judged],
+    rl: RLSection,
+) -> Rollout:
+    """One step's rollout: samples, judges and weighs; replaces groups without signal up to `rl.max_resamples` times.
+
+    Args:
+        draw: the next so many problems, none of which has one of the given ids.
+        complete: samples their completions.
+        judge_all: judges them.
+        rl: the recipe's section.
+    """
+    sample_seconds = reward_seconds = 0.0
+    resampled = 0
+    kept: list[Judged] = []
+    seen: set[int] = set()
+    wanted = rl.prompts_per_step
+    for round_number in range(rl.max_resamples + 1):
+        problems = draw(wanted, seen)
+        seen |= {problem.prompt_id for problem in problems}
+        start = time.perf_counter()
+        completions = complete(problems)
+        sampled = time.perf_counter()
+        judged = judge_all(problems, completions)
+        sample_seconds += sampled - start
+        reward_seconds += time.perf_counter() - sampled
+        last = round_number == rl.max_resamples
+        keeps = np.ones(len(problems), bool) if last else has_signal(judged.totals(), kept=judged.kept())
+        kept.append(judged if keeps.all() else _only(judged, keeps))
+        wanted -= int(keeps.sum())
+        if wanted == 0:
+            break
+        resampled += wanted
+    merged = _merge([one for one in kept if one.problems])
+    advantages, sequences = weigh(merged, rl)
+    return Rollout(merged, advantages, sequences, sample_seconds, reward_seconds, resampled)
+
+
+def _only(judged: Judged, keeps: np.ndarray) -> Judged:
+    """The groups that are kept."""
+    group = judged.num_generations
+    flat = np.repeat(keeps, group)
+    combined = judged.combined
+
+    def chosen(values: list) -> list:
+        return [value for value, keep in zip(values, flat, strict=True) if keep]
+
+    parts = {name: values[flat] for name, values in combined.parts.items()}
+    return Judged(
+        [problem for problem, keep in zip(judged.problems, keeps, strict=True) if keep],
+        chosen(judged.completions),
+        chosen(judged.texts),
+        chosen(judged.outcomes),
+        Combined(combined.totals[flat], combined.kept[flat], parts, combined.failures),
+    )
+
+
+def _merge(several: list[Judged]) -> Judged:
+    """Several rounds as one."""
+    if len(several) == 1:
+        return several[0]
+    combined = [one.combined for one in several]
+    failures: dict = {}
+    for one in combined:
+        for key, count in one.failures.items():
+            failures[key] = failures.get(key, 0) + count
+    names = combined[0].parts
+    return Judged(
+        [problem for one in several for problem in one.problems],
+        [completion for one in several for completion in one.completions],
+        [text for one in several for text in one.texts],
+        [outcome for one in several for outcome in one.outcomes],
+        Combined(
+            np.concatenate([one.totals for one in combined]),
+            np.concatenate([one.kept for one in combined]),
+            {name: np.concatenate([one.parts[name] for one in combined]) for name in names},
+            failures,
+        ),
+    )
+
+
+def rollout_metrics(rollout: Rollout, rl: RLSection) -> dict[str, float]:
+    """A step's rewards and lengths under the names of the log."""
+    judged = rollout.judged
+    lengths = np.array([len(one.token_ids) for one in judged.completions])
+    totals, kept = judged.totals(), judged.kept()
+    best, worst = np.where(kept, totals, -np.inf).max(1), np.where(kept, totals, np.inf).min(1)
+    flat = totals[kept]
+    return {
+        **judged.combined.metrics(),
+        "rewards/total/std": float(flat.std()) if flat.size else 0.0,
+        "rewards/total/min": float(flat.min()) if flat.size else 0.0,
+        "rewards/total/max": float(flat.max()) if flat.size else 0.0,
+        "groups/without_signal": float((best <= worst).mean()),
+        "groups/resampled": float(rollout.resampled),
+        "completions/tokens": float(lengths.sum()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/min_length": float(lengths.min()),
+        "completions/truncated": float(np.mean([one.finish_reason == "length" for one in judged.completions])),
+    }

@@ -1,0 +1,258 @@
+"""Reinforcement learning from verifiable rewards, on Tunix's RLCluster and GRPOLearner.
+
+    for each step:  problems    = the next prompts, each once an epoch
+                    completions = G samples of each from the policy, with the sampler's log-probabilities
+                    rewards     = of each completion, in processes that can be killed
+                    advantages  = relative to the group
+                    update      = the named loss over packed rows; log-probabilities at completion tokens alone
+                    sync        = the new weights to the sampler, proven there
+
+What departs from the papers: truncated importance weights correct for a sampler that differs from the trainer, and the
+divergence's estimator is the one whose gradient does not vanish in the mean. What departs from Tunix: rollout
+log-probabilities are kept and compared each step; rows are packed; lengths, and not padding ids, say what is trained;
+weights, optimizer and checkpoints are the session's, so that a run resumes to the bit.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from models.checkpoints.loader import Placement
+from models.functional import FunctionalModel
+from models.sharding import activation_mesh
+from models.tokenizer import Tokenizer, load_tokenizer
+from posttrain.bundle import FrozenRole, ModelBundle, freeze
+from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
+from posttrain.data.problems import ClosablePrompts, load_all, prompt_set, prompt_stream
+from posttrain.rollouts import Judge, Rollout, collect, rollout_metrics, sample
+from posttrain.samplers.base import Sampler, Sampling
+from posttrain.samplers.choose import make_sampler
+from posttrain.trainers.policy_step import LOGPS, make_scorer, make_update
+from posttrain.trainers.tunix_cluster import keys_until, make_learner
+from pretrain.batching import place
+from pretrain.checkpointing import gather_data_state, state_items
+from pretrain.runtime import runtime
+from pretrain.session import Result, TrainingSession, Work, run_session, step_options
+from pretrain.setup import ModelSetup, SessionSetup, prepare_model
+from pretrain.start import role_params
+from pretrain.state import TrainState
+from pretrain.step import ROWS, Metrics
+from recipes.load import LoadedRecipe
+from recipes.rundir import Run, create_run
+from recipes.schema import GRPORecipe
+
+logger = logging.getLogger(__name__)
+
+
+def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
+    """Runs a recipe of kind grpo to its end; errors as in `posttrain.trainers.sft.run`.
+
+    Raises:
+        SamplerError: the engine failed, or does not hold the policy.
+        RewardFailure: a reward gave no value and rewards.on_failure=stop.
+    """
+    recipe = loaded.recipe
+    assert isinstance(recipe, GRPORecipe), recipe.kind
+    with runtime(recipe.train, recipe.mesh):
+        require_one_process()
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        setup, prompts = prepare(recipe, tokenizer)
+        with create_run(recipe, argv, True) as attempt:
+            logger.info(attempt.story)
+            with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=None) as judge:
+                longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
+                folder = attempt.dir / "sampler"
+                sampler = make_sampler(recipe.sampler, setup.model, tokenizer, folder=folder, max_length=longest)
+                try:
+                    return GRPO(recipe, setup, prompts, tokenizer, sampler, judge, attempt).run()
+                finally:
+                    sampler.close()
+
+
+def require_one_process() -> None:
+    """Raises ValueError where several processes would each sample for themselves."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"mesh: {jax.process_count()} processes: this sampler runs in one process with all of the mesh's devices; "
+            "start one process, or train with sft, dpo or distill"
+        )
+
+
+def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, ClosablePrompts]:
+    """Builds and checks the parts of a run: the model, and the prompts in their order."""
+    rl, data = recipe.rl, recipe.data
+    length = rl.row_length or rl.max_prompt_length + rl.max_completion_length
+    if length < rl.max_prompt_length + rl.max_completion_length:
+        raise ValueError(
+            f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
+            f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
+        )
+    parts = prepare_model(recipe, sequence_length=length)
+    prompts = prompt_set(
+        load_all(data).train,
+        data,
+        tokenizer,
+        recipe.tokenizer,
+        max_prompt_length=rl.max_prompt_length,
+        limit=data.num_problems,
+    )
+    stream = prompt_stream(prompts.rows, data)
+    return SessionSetup(**vars(parts), train_iterator=stream), stream
+
+
+def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> FrozenRole | None:
+    """The policy's first weights, in arrays of their own; None where nothing is measured against them."""
+    if recipe.rl.beta == 0.0:
+        return None
+    model, placement = FunctionalModel(setup.config, recipe.model), Placement(setup.mesh, setup.rules)
+    verify, seed = recipe.checkpoint.verify, recipe.train.seed
+    return freeze("reference", model, role_params(recipe.model, model, placement, verify=verify, seed=seed))
+
+
+class GRPO:
+    """One attempt at a run: the steps that Tunix's learner asks for."""
+
+    def __init__(
+        self,
+        recipe: GRPORecipe,
+        setup: SessionSetup,
+        prompts: ClosablePrompts,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        judge: Judge,
+        attempt: Run,
+    ) -> None:
+        self.recipe, self.setup, self.prompts, self.tokenizer = recipe, setup, prompts, tokenizer
+        self.sampler, self.judge, self.attempt = sampler, judge, attempt
+        self.bundle = ModelBundle(setup, reference=load_reference(recipe, setup))
+        temperature = recipe.sampler.temperature
+        self.score = make_scorer(setup.model, temperature=temperature, chunk_size=setup.chunk_size)
+        options = step_options(recipe, setup.plan)
+        self.update_for = make_update(recipe.rl, setup, options, temperature=temperature)
+        self.seconds: dict[str, float] = {}
+        self.host_metrics: dict[int, dict[str, float]] = {}
+        self.step_start = 0.0
+
+    def run(self) -> Result:
+        """Trains to the last step."""
+        logger.info(self.bundle.memory_table(self.recipe.optimizer))
+        work = Work(
+            train_step=self._train_step,
+            next_batch=lambda: None,
+            evaluate=lambda state: {},
+            evaluation_interval=0,
+            reached=lambda row: False,
+            items=lambda state: state_items(state, self.recipe.model.framework),
+            data_state=lambda: gather_data_state(self.setup.train_iterator.get_state()),
+            host_metrics=self.host_metrics.pop,
+            tokens=lambda row: row["completions/tokens"],
+            before_save=self.bundle.require_frozen,
+        )
+        return run_session(self.recipe, self.setup, work, self.attempt, loop=self._loop)
+
+    def _loop(self, session: TrainingSession) -> None:
+        self.session, self.step_start = session, time.perf_counter()
+        self.sync()
+        learner = make_learner(
+            self.recipe,
+            mesh=self.setup.mesh,
+            rules=self.setup.rules,
+            tokenizer=self.tokenizer,
+            sync=self.sync,
+            collect=self.collect,
+            update=self.update,
+        )
+        learner.train(keys_until(lambda: session.ended, session.start), skip_jit=True)
+
+    def sync(self) -> None:
+        """Hands the policy's weights to the sampler; their version is the number of completed steps."""
+        done = self.session.done
+        if self.sampler.weight_version == done or self.session.ended:
+            return
+        start = time.perf_counter()
+        self.sampler.sync(self.session.state.params, done)
+        self.seconds["sync"] = time.perf_counter() - start
+
+    def collect(self) -> Rollout:
+        """The rollout of the next step: sampled, judged, weighed."""
+        rl = self.recipe.rl
+        sampling = Sampling(
+            max_tokens=rl.max_completion_length,
+            temperature=self.recipe.sampler.temperature,
+            stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
+            num_samples=rl.num_generations,
+            seed=self.recipe.train.seed,
+            step=self.session.done + 1,
+        )
+        rollout = collect(
+            lambda count, seen: self.prompts.take(count, exclude=seen),
+            lambda problems: sample(self.sampler, problems, sampling),
+            lambda problems, completions: self.judge(problems, completions, self.tokenizer),
+            rl,
+        )
+        self.seconds |= {"rollout": rollout.sample_seconds, "reward": rollout.reward_seconds}
+        return rollout
+
+    def update(self, rollout: Rollout) -> tuple[jax.Array, None, jax.Array]:
+        """One step from a rollout: rows, the reference's and the old policy's log-probabilities, the update."""
+        plan, packing = self.setup.plan, self._pack(rollout)
+        self.packing = packing
+        assert packing.batch.inputs.shape[0] % self.setup.mesh.size == 0, plan
+        batch: PolicyBatch = place(packing.batch, self.setup.batch_sharding, self.setup.share)
+        start = time.perf_counter()
+        if self.bundle.reference is not None:
+            scores = self.score(self.bundle.reference.params, batch)
+            batch = replace(batch, ref_logps=jax.block_until_ready(scores))
+            self.seconds["reference"] = time.perf_counter() - start
+        if self.recipe.rl.num_iterations > 1:
+            start = time.perf_counter()
+            scores = self.score(self.session.state.params, batch)
+            batch = replace(batch, old_logps=jax.block_until_ready(scores))
+            self.seconds["old_policy"] = time.perf_counter() - start
+        done = self.session.done + 1
+        self.host_metrics[done] = rollout_metrics(rollout, self.recipe.rl)
+        metrics = self.session.step(batch)
+        logps = unpack(np.asarray(metrics[ROWS + LOGPS]), packing, rollout.sequences)
+        self._record(done, rollout, logps)
+        return metrics["learning/loss"], None, metrics["finite"]
+
+    def _pack(self, rollout: Rollout) -> Packing:
+        if not any(one.counts for one in rollout.sequences):
+            raise ValueError(
+                f"step {self.session.done + 1}: none of {len(rollout.sequences)} completions may be learnt from: their "
+                "rewards failed or they were truncated; see rewards.on_failure and rl.mask_truncated"
+            )
+        rl = self.recipe.rl
+        return pack(
+            rollout.sequences,
+            row_length=rl.row_length or rl.max_prompt_length + rl.max_completion_length,
+            rows_multiple=self.setup.mesh.size,
+            microbatch_rows=self.setup.plan.rows_per_microbatch,
+        )
+
+    def _train_step(
+        self, state: TrainState, batch: PolicyBatch, key: jax.Array, proceed: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        start = time.perf_counter()
+        step = self.update_for(batch.inputs.shape[0], self.packing.max_segments)
+        state, metrics = step(state, batch, key, proceed)
+        jax.block_until_ready(metrics)
+        now = time.perf_counter()
+        spent = {**self.seconds, "update": now - start}
+        total, self.step_start, self.seconds = now - self.step_start, now, {}
+        row = self.host_metrics[self.session.done]
+        row |= {f"perf/{name}_seconds": seconds for name, seconds in spent.items()}
+        row["perf/other_seconds"] = total - sum(spent.values())
+        if "sync" in spent:
+            row["sampler/sync_seconds"] = spent["sync"]
+        row["sampler/tokens_per_second"] = row["completions/tokens"] / spent["rollout"]
+        row["policy/rows"] = float(batch.inputs.shape[0])
+        row["policy/fill"] = float((self.packing.batch.segment_ids != 0).mean())
+        return state, metrics
+
+    def _record(self, done: int, rollout: Rollout, logps: list[np.ndarray | None]) -> None:
+        """Writes the step's completions."""
