@@ -31,10 +31,11 @@ def compare(
     only: Annotated[str, typer.Option(metavar="WHAT", help="params, or all with the optimizer's state.")] = "all",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each array of each layer.")] = False,
 ) -> None:
-    """Compare two checkpoints: Linen, NNX, MaxText or Hugging Face, layers stacked or not.
+    """Compare two checkpoints, whatever their layouts.
 
-    Prints what only one has, and where shapes, dtypes and (with --values) numbers differ. Exit codes: 0 the same,
-    1 different, 2 one of them can't be read.
+    Each is Linen's, NNX's, MaxText's or Hugging Face's, with layers stacked or apart. Prints what only one has, and
+    where shapes, dtypes and (with --values) numbers differ. Exit codes: 0 the same, 1 different, 2 one of them can't
+    be read.
     """
     if only not in ("params", "all"):
         raise ValueError(f"--only={only}: no such selection; use params or all")
@@ -57,8 +58,9 @@ def inspect(
     quick: Annotated[bool, typer.Option("--quick", help="Check files by name and size, without reading them.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A row for each array of each layer.")] = False,
 ) -> None:
-    """Show what a checkpoint holds, where it comes from, and whether its files are what was written.
+    """Show what a checkpoint holds, and whether it is sound.
 
+    Its arrays with sizes, the run and the mesh that wrote it, and whether its files are what was written.
     Exit codes: 0 sound, 1 damaged, 2 no checkpoint.
     """
     from models.checkpoints.inspect import inspect_checkpoint
@@ -82,10 +84,10 @@ def export_params(
     scan: Annotated[bool, typer.Option("--scan", help="Keep stacked layers stacked; else they are apart.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Check files by name and size, without reading them.")] = False,
 ) -> None:
-    """Export a checkpoint's parameters alone, in bfloat16 with layers apart, for decoding.
+    """Export a checkpoint's parameters alone, in bfloat16.
 
-    DST becomes a checkpoints folder with the step 0, which every loader takes. Exit codes: 0 done, 1 it could not be
-    written, 2 a mistake.
+    Layers are taken apart and nothing else is kept, as decoding wants it. DST becomes a checkpoints folder with the
+    step 0, which every loader takes. Exit codes: 0 done, 1 it could not be written, 2 a mistake.
     """
     from models.checkpoints.export_params import export_params as run
     from posttrain.process import start_process
