@@ -124,7 +124,7 @@ def main() -> None:
     """Times both in interleaved rounds and prints medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=8)
     args = parser.parse_args()
     config = load_preset("bench-r")
     contestants = {"ours": ours(config, args.slots), "tunix": tunix(config)}

@@ -49,7 +49,9 @@ def cached_attention(
     K, capacity = cache.key.shape[3], cache.key.shape[2]
     block = block_size(capacity)
     exact = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(B, T, K, H // K, N)
+    # Heads first, and the queries of a kv head as the rows of one matrix: both products then need no transposition.
+    rows = (B, K, H // K * T)
+    grouped = jnp.moveaxis(query.reshape(B, T, K, H // K, N), 1, 3).reshape(*rows, N)
     at = cache.lengths[:, None] + jnp.arange(T)  # Index of each query in its slot, [B, T].
     lowest = jnp.finfo(exact).min
 
@@ -58,7 +60,7 @@ def cached_attention(
         # The last block of a capacity that is no multiple begins earlier; what was read before is masked out.
         first = jnp.minimum(index * block, capacity - block)
         keys, values = (
-            jax.lax.dynamic_slice(whole, (layer, 0, first, 0, 0), (1, B, block, K, N))[0].astype(query.dtype)
+            jax.lax.dynamic_slice(whole, (layer, 0, first, 0, 0), (1, B, block, K, N))[0]
             for whole in (cache.key, cache.value)
         )
         key_index = first + jnp.arange(block)
@@ -66,19 +68,19 @@ def cached_attention(
         visible = (distance >= 0) & (key_index >= index * block)
         if window is not None:
             visible &= distance < window
-        visible = visible[:, None, None]
-        scores = jnp.einsum("btkgn,bskn->bkgts", grouped, keys, preferred_element_type=exact)
+        visible = jnp.tile(visible, (1, H // K, 1))[:, None]
+        keys, values = (jnp.swapaxes(each, 1, 2).astype(query.dtype) for each in (keys, values))
+        scores = jnp.einsum("bkmn,bksn->bkms", grouped, keys, preferred_element_type=exact)
         scores = jnp.where(visible, soft_cap(scores * scale, softcap), lowest)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         # Where nothing was visible yet, the maximum is the mask's own value, and its weight must not be one.
         weights, shrink = jnp.where(visible, jnp.exp(scores - new_top), 0.0), jnp.exp(top - new_top)
-        values = jnp.where((key_index < at[:, -1:] + 1)[:, :, None, None], values, 0)
-        part = jnp.einsum("bkgts,bskn->bkgtn", weights.astype(query.dtype), values, preferred_element_type=exact)
+        values = jnp.where((key_index <= at[:, -1:])[:, None, :, None], values, 0)
+        part = jnp.einsum("bkms,bksn->bkmn", weights.astype(query.dtype), values, preferred_element_type=exact)
         return new_top, total * shrink + weights.sum(-1, keepdims=True), mixed * shrink + part
 
-    rows = (B, K, H // K, T)
     start = jnp.full((*rows, 1), lowest), jnp.zeros((*rows, 1), exact), jnp.zeros((*rows, N), exact)
     needed = jnp.minimum((cache.lengths.max() + T + block - 1) // block, -(-capacity // block))
     _, total, mixed = jax.lax.fori_loop(0, needed, attend_block, start)
     mixed /= jnp.where(total == 0.0, 1.0, total)
-    return jnp.moveaxis(mixed, 3, 1).reshape(B, T, H, N).astype(query.dtype)
+    return jnp.moveaxis(mixed.reshape(B, K, H // K, T, N), 3, 1).reshape(B, T, H, N).astype(query.dtype)
