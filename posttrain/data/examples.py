@@ -264,7 +264,7 @@ def encode_completion(
 
 
 def read_messages(values: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of a column, without the nulls that Arrow fills in where only other messages have a key.
+    """The messages of a column; null is none.
 
     Raises:
         ValueError: the column holds something else.
@@ -277,24 +277,13 @@ def read_messages(values: Mapping[str, Any], column: str) -> list[dict[str, Any]
             f"column {column}: {_shorten(held)}: a conversation is a list of messages, each with role and content; "
             "correct it, or name another column in data.columns"
         )
-    return [
-        {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
-        for message in held
-    ]
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+    return held
 
 
 def read_tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
     """The tools of a conversation, None where the record has none."""
     held = values[columns["tools"]] if "tools" in columns else None
-    return _without_nulls(held) or None
+    return held or None
 
 
 def read_text(values: Mapping[str, Any], column: str) -> str:

@@ -7,6 +7,7 @@ its source, so that whatever is wrong with it is said with its name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ class Records:
         return Record(
             number=self._first_number + index,
             name=f"{self.source.named()} record {index} (from 0)",
-            values=self._rows[index],
+            values={name: without_filling(value, self.features[name]) for name, value in self._rows[index].items()},
         )
 
     def select(self, columns: list[str]) -> None:
@@ -122,6 +123,31 @@ class Records:
         ends = [self._rows[index] for index in (0, len(self._rows) - 1)]
         sums = [zlib.crc32(json.dumps(row, sort_keys=True, default=str).encode("utf-8")) for row in ends]
         return {"records": len(self), "first_and_last_crc32": sums, "weight": self.source.source.weight}
+
+
+def without_filling(value: Any, feature: Any) -> Any:
+    """A value without the nulls that Arrow fills in where only other records' structs have a key.
+
+    A template would take such a key for one that the message has. `content` stays, which some chats set to null beside
+    a tool call; and what `datasets` keeps as JSON is as it was written.
+
+    Args:
+        value: a value of a record.
+        feature: the type that `datasets` gives it.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        kept = {key: held for key, held in value.items() if held is not None or key == "content"}
+        return {key: without_filling(held, feature[key]) for key, held in kept.items()}
+    if isinstance(value, list) and isinstance(feature, _list_types()):
+        return [without_filling(item, feature.feature) for item in value]
+    return value
+
+
+@functools.cache
+def _list_types() -> tuple[Any, ...]:
+    import datasets
+
+    return datasets.List, datasets.LargeList
 
 
 def _source(

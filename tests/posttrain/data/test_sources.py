@@ -76,6 +76,25 @@ def test_a_mixture_takes_from_the_section_what_an_entry_leaves_open(jsonl):
     assert two.named() == f"data.mixture[1].path={second!r} data.mixture[1].split='train[:2]'"
 
 
+def test_nulls_that_arrow_fills_in_are_taken_out_again_and_written_ones_stay(tmp_path, jsonl):
+    call = {"function": {"name": "add", "arguments": {"a": 2}}}
+    other = {"function": {"name": "say", "arguments": {"text": "x", "to": None}}}
+    said = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        [{"role": "user", "content": "q", "name": "me"}, {"role": "assistant", "content": "a"}],
+    ]
+    path = tmp_path / "filled.parquet"
+    parquet(path, [{"messages": messages} for messages in said])
+    import pyarrow.parquet
+
+    assert pyarrow.parquet.read_table(path).to_pylist()[0]["messages"][0].keys() > said[0][0].keys(), "Arrow fills in"
+    assert [record.values["messages"] for record in read(train_sources(section(path=str(path)))[0])] == said
+    # Arguments of different names are kept as JSON, in which a null was written by somebody.
+    said.append([{"role": "assistant", "content": None, "tool_calls": [other]}])
+    written = jsonl([{"messages": messages} for messages in said])
+    assert [record.values["messages"] for record in read(train_sources(section(path=written))[0])] == said
+
+
 def test_evaluation_reads_other_data_or_refuses(jsonl):
     path, other = jsonl(ROWS), jsonl(ROWS, "other.jsonl")
     assert eval_source(section(path=path, eval_path=other)).named() == f"data.eval_path={other!r} data.split='train'"
