@@ -21,6 +21,7 @@ from recipes.schema import LoggingSection, Recipe, effective_values
 HEADLINES = {
     "learning/loss": "loss",
     "evaluation/loss": "eval loss",
+    "evaluation/greedy": "solved",
     "rewards/total/mean": "reward",
     "dpo/accuracy": "accuracy",
     "perf/tokens_per_second": "tokens/s",

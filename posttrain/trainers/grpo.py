@@ -21,29 +21,29 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from models.checkpoints.loader import Placement
-from models.functional import FunctionalModel
 from models.sharding import activation_mesh
 from models.tokenizer import Tokenizer, load_tokenizer
-from posttrain.bundle import FrozenRole, ModelBundle, freeze
+from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
-from posttrain.data.problems import ClosablePrompts, load_all, prompt_set, prompt_stream
+from posttrain.doctor import Doctor
+from posttrain.ledger import drop_after, write_step
 from posttrain.rollouts import Judge, Rollout, collect, rollout_metrics, sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
+from posttrain.trainers.grpo_setup import Prompts, load_reference, make_evaluator, prepare
 from posttrain.trainers.policy_step import LOGPS, make_scorer, make_update
 from posttrain.trainers.tunix_cluster import keys_until, make_learner
 from pretrain.batching import place
 from pretrain.checkpointing import gather_data_state, state_items
 from pretrain.runtime import runtime
-from pretrain.session import Result, TrainingSession, Work, run_session, step_options
-from pretrain.setup import ModelSetup, SessionSetup, prepare_model
-from pretrain.start import role_params
+from pretrain.session import Result, TrainingSession, Work, is_due, run_session, step_options
+from pretrain.setup import SessionSetup
 from pretrain.state import TrainState
 from pretrain.step import ROWS, Metrics
 from recipes.load import LoadedRecipe
 from recipes.rundir import Run, create_run
 from recipes.schema import GRPORecipe
+from rewards.combination import total_range
 
 logger = logging.getLogger(__name__)
 
@@ -82,37 +82,6 @@ def require_one_process() -> None:
         )
 
 
-def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, ClosablePrompts]:
-    """Builds and checks the parts of a run: the model, and the prompts in their order."""
-    rl, data = recipe.rl, recipe.data
-    length = rl.row_length or rl.max_prompt_length + rl.max_completion_length
-    if length < rl.max_prompt_length + rl.max_completion_length:
-        raise ValueError(
-            f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
-            f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
-        )
-    parts = prepare_model(recipe, sequence_length=length)
-    prompts = prompt_set(
-        load_all(data).train,
-        data,
-        tokenizer,
-        recipe.tokenizer,
-        max_prompt_length=rl.max_prompt_length,
-        limit=data.num_problems,
-    )
-    stream = prompt_stream(prompts.rows, data)
-    return SessionSetup(**vars(parts), train_iterator=stream), stream
-
-
-def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> FrozenRole | None:
-    """The policy's first weights, in arrays of their own; None where nothing is measured against them."""
-    if recipe.rl.beta == 0.0:
-        return None
-    model, placement = FunctionalModel(setup.config, recipe.model), Placement(setup.mesh, setup.rules)
-    verify, seed = recipe.checkpoint.verify, recipe.train.seed
-    return freeze("reference", model, role_params(recipe.model, model, placement, verify=verify, seed=seed))
-
-
 class GRPO:
     """One attempt at a run: the steps that Tunix's learner asks for."""
 
@@ -120,7 +89,7 @@ class GRPO:
         self,
         recipe: GRPORecipe,
         setup: SessionSetup,
-        prompts: ClosablePrompts,
+        prompts: Prompts,
         tokenizer: Tokenizer,
         sampler: Sampler,
         judge: Judge,
@@ -133,6 +102,9 @@ class GRPO:
         self.score = make_scorer(setup.model, temperature=temperature, chunk_size=setup.chunk_size)
         options = step_options(recipe, setup.plan)
         self.update_for = make_update(recipe.rl, setup, options, temperature=temperature)
+        self.evaluator = make_evaluator(recipe, prompts.held_out, tokenizer, judge)
+        lowest, highest = total_range(judge.infos)
+        self.doctor = Doctor(recipe.doctor, lowest=lowest, highest=highest)
         self.seconds: dict[str, float] = {}
         self.host_metrics: dict[int, dict[str, float]] = {}
         self.step_start = 0.0
@@ -143,8 +115,8 @@ class GRPO:
         work = Work(
             train_step=self._train_step,
             next_batch=lambda: None,
-            evaluate=lambda state: {},
-            evaluation_interval=0,
+            evaluate=lambda state: self.evaluate(),
+            evaluation_interval=self.recipe.eval.interval,
             reached=lambda row: False,
             items=lambda state: state_items(state, self.recipe.model.framework),
             data_state=lambda: gather_data_state(self.setup.train_iterator.get_state()),
@@ -155,8 +127,12 @@ class GRPO:
         return run_session(self.recipe, self.setup, work, self.attempt, loop=self._loop)
 
     def _loop(self, session: TrainingSession) -> None:
-        self.session, self.step_start = session, time.perf_counter()
+        self.session = session
+        drop_after(self.attempt.dir, session.start)
         self.sync()
+        if session.start == 0 and self.recipe.eval.at_start:
+            session.writer.write(0, self.evaluate())
+        self.step_start = time.perf_counter()
         learner = make_learner(
             self.recipe,
             mesh=self.setup.mesh,
@@ -167,11 +143,23 @@ class GRPO:
             update=self.update,
         )
         learner.train(keys_until(lambda: session.ended, session.start), skip_jit=True)
+        if self.recipe.eval.at_end and not is_due(self.recipe.eval.interval, session.done):
+            session.writer.write(session.done, self.evaluate())
+
+    def evaluate(self) -> dict[str, float]:
+        """The held-out metrics of the weights as they are; nothing without held-out problems."""
+        if self.evaluator is None:
+            return {}
+        self.sync()
+        report = self.evaluator(self.sampler)
+        report.write(self.attempt.dir / "evaluations", f"step-{self.session.done:06d}")
+        logger.info("held-out problems after %d steps:\n%s", self.session.done, report.table())
+        return report.metrics()
 
     def sync(self) -> None:
         """Hands the policy's weights to the sampler; their version is the number of completed steps."""
         done = self.session.done
-        if self.sampler.weight_version == done or self.session.ended:
+        if self.sampler.weight_version == done:
             return
         start = time.perf_counter()
         self.sampler.sync(self.session.state.params, done)
@@ -189,7 +177,7 @@ class GRPO:
             step=self.session.done + 1,
         )
         rollout = collect(
-            lambda count, seen: self.prompts.take(count, exclude=seen),
+            lambda count, seen: self.prompts.train.take(count, exclude=seen),
             lambda problems: sample(self.sampler, problems, sampling),
             lambda problems, completions: self.judge(problems, completions, self.tokenizer),
             rl,
@@ -217,7 +205,7 @@ class GRPO:
         self.host_metrics[done] = rollout_metrics(rollout, self.recipe.rl)
         metrics = self.session.step(batch)
         logps = unpack(np.asarray(metrics[ROWS + LOGPS]), packing, rollout.sequences)
-        self._record(done, rollout, logps)
+        write_step(self.attempt.dir, done, rollout, logps)
         return metrics["learning/loss"], None, metrics["finite"]
 
     def _pack(self, rollout: Rollout) -> Packing:
@@ -252,7 +240,5 @@ class GRPO:
         row["sampler/tokens_per_second"] = row["completions/tokens"] / spent["rollout"]
         row["policy/rows"] = float(batch.inputs.shape[0])
         row["policy/fill"] = float((self.packing.batch.segment_ids != 0).mean())
+        self.doctor.examine(self.session.done, {**row, "sampler/mismatch_kl": float(metrics["sampler/mismatch_kl"])})
         return state, metrics
-
-    def _record(self, done: int, rollout: Rollout, logps: list[np.ndarray | None]) -> None:
-        """Writes the step's completions."""

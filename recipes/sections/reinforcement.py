@@ -135,20 +135,22 @@ class DoctorSection(Section):
 
 
 class RLEvalSection(Section):
-    """The held-out problems: how many, and how often they are tried."""
+    """The held-out problems: how often they are tried, and when."""
 
     interval: Annotated[int, Field(ge=0)] = 0
     """Completed steps between evaluations; 0 evaluates before and after training alone."""
-    problems_limit: Annotated[int | None, Field(ge=1)] = None
-    """The first so many held-out problems; null takes all."""
+    at_start: bool = True
+    """Evaluate before the first step, where data names held-out problems."""
+    at_end: bool = True
+    """Evaluate after the last step, where data names held-out problems."""
     num_samples: Annotated[int, Field(ge=0)] = 1
     """Completions of each problem at `temperature`, beside one greedy; 0 is greedy alone."""
     temperature: Annotated[float, Field(gt=0.0), Unless("num_samples", 0)] = 1.0
     """Of the sampled completions."""
-    at_start: bool = True
-    """Evaluate before the first step."""
-    at_end: bool = True
-    """Evaluate after the last step."""
+    correct: str | None = None
+    """The reward that says whether an answer is right, at its largest value; null is the first of rewards.functions."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the samples."""
 
 
 class PromptDataSection(Section):

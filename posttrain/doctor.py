@@ -1,0 +1,87 @@
+"""Names what cannot learn: symptoms of a reinforcement-learning run that last for some steps."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+
+from recipes.schema import DoctorSection
+
+logger = logging.getLogger(__name__)
+
+AT_THE_END = 1e-9
+"""Rewards whose mean is this near to an end of their range, relative to it, are at that end."""
+
+
+class HopelessRun(ValueError):
+    """A symptom has lasted, and doctor.action=stop."""
+
+
+class Doctor:
+    """Looks at each step's metrics; warns of a lasting symptom once, or ends the run."""
+
+    def __init__(self, section: DoctorSection, *, lowest: float, highest: float) -> None:
+        """Watches for what the section says.
+
+        Args:
+            section: the recipe's.
+            lowest: the smallest total that the rewards can give; may be infinite.
+            highest: the largest.
+        """
+        self._section = section
+        self._lasted: dict[str, int] = {}
+        self._symptoms: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
+            "every completion is truncated": (
+                lambda row: row["completions/truncated"] == 1.0,
+                "none ends with a stop token, so none can be right; raise rl.max_completion_length, look at a prompt "
+                "with `posttrain check`, or teach the model to stop with SFT first",
+            ),
+            "no group has any difference in reward": (
+                lambda row: row["groups/without_signal"] == 1.0,
+                "every advantage is 0, so nothing is learnt; use easier or harder problems, more generations, or a "
+                "reward with parts",
+            ),
+            "every reward is the lowest there is": (
+                lambda row: _at(row["rewards/total/mean"], lowest, highest),
+                "the policy never succeeds; use easier problems or SFT first",
+            ),
+            "every reward is the highest there is": (
+                lambda row: _at(row["rewards/total/mean"], highest, lowest),
+                "there is nothing left to learn; use harder problems, or stop",
+            ),
+            "sampler and trainer disagree": (
+                lambda row: not row.get("sampler/mismatch_kl", 0.0) <= section.max_mismatch,
+                f"sampler/mismatch_kl is above doctor.max_mismatch={section.max_mismatch}; look at dtypes, at the "
+                "sampler's sync, and at the version of the weights in the completions' ledger",
+            ),
+        }
+
+    def examine(self, step: int, row: Mapping[str, float]) -> list[str]:
+        """Looks at the metrics of a step.
+
+        Returns:
+            The symptoms that have just lasted for doctor.patience steps.
+
+        Raises:
+            HopelessRun: there is one, and the action is stop.
+        """
+        if self._section.action == "off":
+            return []
+        found = []
+        for name, (shows, advice) in self._symptoms.items():
+            self._lasted[name] = self._lasted.get(name, 0) + 1 if shows(row) else 0
+            if self._lasted[name] != self._section.patience:
+                continue
+            message = f"step {step}: doctor.patience={self._section.patience}: {name}, for so many steps: {advice}"
+            if self._section.action == "stop":
+                raise HopelessRun(message)
+            logger.warning("%s", message)
+            found.append(name)
+        return found
+
+
+def _at(value: float, end: float, other: float) -> bool:
+    """Whether a mean is at one end of its range."""
+    if math.isinf(end) or end == other:
+        return False
+    scale = abs(end - other) if math.isfinite(other) else max(1.0, abs(end))
+    return abs(value - end) <= AT_THE_END * scale

@@ -1,0 +1,154 @@
+"""How many held-out problems a policy solves: greedy, and over several samples, with 95 % confidence intervals."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.tokenizer import Tokenizer
+from posttrain.data.problems import TAGS
+from posttrain.data.prompts import PromptRow
+from posttrain.rollouts import Judge, sample
+from posttrain.samplers.base import Sampler, Sampling
+from posttrain.statistics import Estimate, avg_at_k, estimate_mean, estimate_proportion, maj_at_k, pass_at_k
+from recipes.rundir import write_atomically
+from rewards.extraction import final_answer
+from rewards.normalization import canonical
+
+NUM_RESAMPLES = 2000
+EVALUATION_STEP = 2**30
+"""The step that seeds of evaluation derive from: another than any of training, and the same in every evaluation."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found."""
+
+    estimates: dict[str, Estimate]
+    """By name: `greedy`, `avg@k`, `pass@k`, `maj@k`."""
+    problems: list[dict[str, Any]]
+    """One record a problem: question, answer, completions, and which of them are correct."""
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of the log: `evaluation/<name>`, with `_low` and `_high`."""
+        row: dict[str, float] = {}
+        for name, estimate in self.estimates.items():
+            row |= {
+                f"evaluation/{name}": estimate.value,
+                f"evaluation/{name}_low": estimate.low,
+                f"evaluation/{name}_high": estimate.high,
+            }
+        return row | {"evaluation/seconds": self.seconds}
+
+    def table(self) -> str:
+        """The estimates as lines of text."""
+        width = max(map(len, self.estimates))
+        return "\n".join(
+            f"  {name:<{width}}  {100 * one.value:5.1f} %   [{100 * one.low:.1f}, {100 * one.high:.1f}]   "
+            f"of {one.num_problems} problems"
+            for name, one in self.estimates.items()
+        )
+
+    def write(self, folder: Path, name: str) -> None:
+        """Writes `<name>.json` with the estimates and `<name>.jsonl` with the problems."""
+        folder.mkdir(parents=True, exist_ok=True)
+        estimates = {key: asdict(one) for key, one in self.estimates.items()}
+        write_atomically(folder / f"{name}.json", json.dumps(estimates, indent=1) + "\n")
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in self.problems))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Held-out problems, and how often each is tried."""
+
+    rows: Sequence[PromptRow]
+    tokenizer: Tokenizer
+    judge: Judge
+    correct: str
+    """The reward that says whether a completion is right: it is where its value is the largest it can give."""
+    max_tokens: int
+    num_samples: int
+    temperature: float
+    seed: int
+
+    def __call__(self, sampler: Sampler) -> Report:
+        """Evaluates the weights that the sampler holds.
+
+        Raises:
+            SamplerError: the engine failed.
+        """
+        start = time.perf_counter()
+        greedy = self._tried(sampler, num_samples=1, temperature=0.0)
+        estimates = {"greedy": estimate_proportion(int(greedy.correct.sum()), len(self.rows))}
+        sampled = None
+        if self.num_samples:
+            sampled = self._tried(sampler, num_samples=self.num_samples, temperature=self.temperature)
+            estimates |= self._estimates(sampled)
+        return Report(estimates, self._records(greedy, sampled), time.perf_counter() - start)
+
+    def _tried(self, sampler: Sampler, *, num_samples: int, temperature: float) -> "_Tried":
+        sampling = Sampling(
+            max_tokens=self.max_tokens,
+            temperature=temperature,
+            stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
+            num_samples=num_samples,
+            seed=self.seed,
+            step=EVALUATION_STEP,
+        )
+        rows = list(self.rows)
+        judged = self.judge(rows, sample(sampler, rows, sampling), self.tokenizer)
+        place = [info.name for info in self.judge.infos].index(self.correct)
+        highest = self.judge.infos[place].high
+        values = [outcomes[place].value for outcomes in judged.outcomes]
+        # A reward that failed does not say that the answer is right.
+        correct = np.array([value is not None and value >= highest for value in values]).reshape(len(rows), num_samples)
+        return _Tried(judged.texts, correct, num_samples)
+
+    def _estimates(self, tried: "_Tried") -> dict[str, Estimate]:
+        k = self.num_samples
+        figures = {f"avg@{k}": avg_at_k(tried.correct)}
+        if k > 1:
+            figures[f"pass@{k}"] = np.array([pass_at_k(k, int(row.sum()), k) for row in tried.correct])
+            figures[f"maj@{k}"] = np.array(
+                [maj_at_k(_answers(tried.of(i)), canonical(row.answer), k) for i, row in enumerate(self.rows)]
+            )
+        return {
+            name: estimate_mean(values.astype(np.float64), seed=self.seed, num_resamples=NUM_RESAMPLES)
+            for name, values in figures.items()
+        }
+
+    def _records(self, greedy: "_Tried", sampled: "_Tried | None") -> list[dict[str, Any]]:
+        records = []
+        for i, row in enumerate(self.rows):
+            record = {
+                "prompt_id": row.prompt_id,
+                "question": row.question,
+                "answer": row.answer,
+                "greedy": greedy.of(i)[0],
+                "greedy_correct": bool(greedy.correct[i, 0]),
+            }
+            if sampled is not None:
+                record |= {"sampled": sampled.of(i), "sampled_correct": sampled.correct[i].tolist()}
+            records.append(record)
+        return records
+
+
+@dataclass(frozen=True)
+class _Tried:
+    texts: list[str]
+    correct: np.ndarray
+    num_samples: int
+
+    def of(self, problem: int) -> list[str]:
+        """The completions of one problem."""
+        return self.texts[problem * self.num_samples : (problem + 1) * self.num_samples]
+
+
+def _answers(texts: Sequence[str]) -> list[str | None]:
+    found = (final_answer(text, TAGS) for text in texts)
+    return [None if answer is None else canonical(answer) for answer in found]

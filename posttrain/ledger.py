@@ -1,0 +1,147 @@
+"""Every completion of a reinforcement-learning run: `<run>/completions/step-000012.parquet`, one file a step.
+
+A file is written aside and renamed, so it is whole or not there. A resumed run drops the files behind the step it goes
+on from, and writes them anew.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from posttrain.rollouts import Rollout
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{6,})\.parquet")
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("prompt_id", pa.int64()),
+        ("sample_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("answer", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("sampler_logps", pa.list_(pa.float32())),
+        # Null where the completion was left out of the update.
+        ("trainer_logps", pa.list_(pa.float32())),
+        ("reward_parts", pa.map_(pa.string(), pa.float64())),
+        ("reward_failures", pa.map_(pa.string(), pa.string())),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("counted", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("weight_version", pa.int32()),
+    ]
+)
+"""One row a completion, in the order in which they were sampled."""
+
+
+def completions_dir(run_dir: Path) -> Path:
+    """The folder of the ledger's files."""
+    return run_dir / "completions"
+
+
+def completions_path(run_dir: Path, step: int) -> Path:
+    """The completions from which the step was made that completed `step` steps."""
+    return completions_dir(run_dir) / f"step-{step:06d}.parquet"
+
+
+def recorded_steps(run_dir: Path) -> list[int]:
+    """The steps that have a file, ascending."""
+    folder = completions_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
+def drop_after(run_dir: Path, step: int) -> list[int]:
+    """Removes the files of steps behind `step`, and what an interrupted write left; returns those steps."""
+    dropped = [number for number in recorded_steps(run_dir) if number > step]
+    for number in dropped:
+        completions_path(run_dir, number).unlink()
+    if completions_dir(run_dir).is_dir():
+        for leftover in completions_dir(run_dir).glob(".tmp-*"):
+            leftover.unlink()
+    if dropped:
+        logger.info("completions of steps %d to %d are dropped and will be made again", dropped[0], dropped[-1])
+    return dropped
+
+
+def write_step(run_dir: Path, step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> Path:
+    """Writes one step's completions.
+
+    Args:
+        run_dir: the run.
+        step: completed steps, the update made of these completions included.
+        rollout: the completions with rewards and advantages.
+        trainer_logps: the trainer's log-probabilities before the update, float32 [n] each; None for those left out.
+
+    Returns:
+        The file.
+    """
+    path = completions_path(run_dir, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}")
+    pq.write_table(pa.Table.from_pylist(_rows(step, rollout, trainer_logps), schema=SCHEMA), aside, compression="zstd")
+    os.replace(aside, path)
+    return path
+
+
+def read_step(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """One step's completions, a dict each.
+
+    Raises:
+        ValueError: the step has no file, or it is no ledger.
+    """
+    path = completions_path(run_dir, step)
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: there is no such file: steps {recorded_steps(run_dir) or 'none'} were recorded; name one of them"
+        )
+    try:
+        return pq.read_table(path, schema=SCHEMA).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}): a ledger file is written whole; the disk is damaged"
+        ) from error
+
+
+def _rows(step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> list[dict[str, Any]]:
+    judged, group = rollout.judged, rollout.judged.num_generations
+    rows = []
+    for number, one in enumerate(judged.completions):
+        problem, outcomes, logps = judged.problems[number // group], judged.outcomes[number], trainer_logps[number]
+        rows.append(
+            {
+                "step": step,
+                "prompt_id": one.prompt_id,
+                "sample_index": one.sample_index,
+                "prompt": problem.text,
+                "completion": judged.texts[number],
+                "answer": problem.answer,
+                "prompt_ids": problem.token_ids,
+                "completion_ids": one.token_ids,
+                "sampler_logps": one.logprobs,
+                "trainer_logps": logps,
+                "reward_parts": [(outcome.reward, outcome.value) for outcome in outcomes],
+                "reward_failures": [
+                    (outcome.reward, f"{outcome.failure}: {outcome.detail}") for outcome in outcomes if outcome.failure
+                ],
+                "reward": float(judged.combined.totals[number]),
+                "advantage": float(rollout.advantages.flat[number]),
+                "counted": logps is not None,
+                "finish_reason": one.finish_reason,
+                "weight_version": one.weight_version,
+            }
+        )
+    return rows

@@ -1,0 +1,86 @@
+"""The parts of a reinforcement-learning run, checked before anything is sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.checkpoints.loader import Placement
+from models.functional import FunctionalModel
+from models.tokenizer import Tokenizer
+from posttrain.bundle import FrozenRole, freeze
+from posttrain.data.problems import ClosablePrompts, load_all, prompt_set, prompt_stream
+from posttrain.data.prompts import PromptRow
+from posttrain.evaluate import Evaluator
+from posttrain.rollouts import Judge
+from pretrain.setup import ModelSetup, SessionSetup, prepare_model
+from pretrain.start import role_params
+from recipes.schema import GRPORecipe
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A run's prompts."""
+
+    train: ClosablePrompts
+    held_out: Sequence[PromptRow]
+    """Empty where the recipe names none."""
+
+
+def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Prompts]:
+    """Builds and checks the parts of a run: the model, and the prompts in their order."""
+    rl, data = recipe.rl, recipe.data
+    length = rl.row_length or rl.max_prompt_length + rl.max_completion_length
+    if length < rl.max_prompt_length + rl.max_completion_length:
+        raise ValueError(
+            f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
+            f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
+        )
+    parts = prepare_model(recipe, sequence_length=length)
+    problems = load_all(data)
+    shared = (data, tokenizer, recipe.tokenizer)
+    prompts = prompt_set(problems.train, *shared, max_prompt_length=rl.max_prompt_length, limit=data.num_problems)
+    held_out = None
+    if problems.held_out:
+        limit = data.num_eval_problems
+        held_out = prompt_set(problems.held_out, *shared, max_prompt_length=rl.max_prompt_length, limit=limit)
+    elif recipe.eval.interval > 0:
+        raise ValueError(
+            f"eval.interval={recipe.eval.interval}: data names no held-out problems; set data.eval_split, "
+            "data.eval_name or data.eval_path, or eval.interval=0"
+        )
+    stream = prompt_stream(prompts.rows, data)
+    return SessionSetup(**vars(parts), train_iterator=stream), Prompts(stream, held_out.rows if held_out else ())
+
+
+def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> FrozenRole | None:
+    """The policy's first weights, in arrays of their own; None where nothing is measured against them."""
+    if recipe.rl.beta == 0.0:
+        return None
+    model, placement = FunctionalModel(setup.config, recipe.model), Placement(setup.mesh, setup.rules)
+    verify, seed = recipe.checkpoint.verify, recipe.train.seed
+    return freeze("reference", model, role_params(recipe.model, model, placement, verify=verify, seed=seed))
+
+
+def make_evaluator(
+    recipe: GRPORecipe, rows: Sequence[PromptRow], tokenizer: Tokenizer, judge: Judge
+) -> Evaluator | None:
+    """The recipe's evaluation; None without held-out problems.
+
+    Raises:
+        ValueError: eval.correct names no reward.
+    """
+    names = [info.name for info in judge.infos]
+    correct = recipe.eval.correct or names[0]
+    if correct not in names:
+        raise ValueError(f"eval.correct={correct}: the rewards are {', '.join(names)}; name one of them")
+    if not rows:
+        return None
+    return Evaluator(
+        rows=rows,
+        tokenizer=tokenizer,
+        judge=judge,
+        correct=correct,
+        max_tokens=recipe.rl.max_completion_length,
+        num_samples=recipe.eval.num_samples,
+        temperature=recipe.eval.temperature,
+        seed=recipe.eval.seed,
+    )
