@@ -143,6 +143,9 @@ def test_excluded_prompts_keep_their_turn():
     stream = PromptStream(rows(5), seed=None)
     assert ids(stream.take(2, exclude={101, 102})) == [100, 103]
     assert ids(stream.take(3, exclude=())) == [101, 102, 104]
+    assert ids(stream.take(1, exclude={100, 101, 102})) == [103]
+    assert ids(stream.take(1, exclude={100})) == [101]
+    assert ids(stream.take(3, exclude=())) == [100, 102, 104]
     with pytest.raises(ValueError, match="prompts: 4 of 3: a step samples each prompt once"):
         stream.take(4, exclude={100, 101})
 
