@@ -1,0 +1,111 @@
+"""The engine's thread: answers, errors, silence, interruption, and that none of them keeps a process alive."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from posttrain.samplers import engine_thread
+from posttrain.samplers.base import SamplerError
+from posttrain.samplers.engine_thread import EngineThread, Process
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> Process:
+    """A process that no engine has spoilt, in place of this one."""
+    fresh = Process()
+    monkeypatch.setattr(engine_thread, "PROCESS", fresh)
+    return fresh
+
+
+def test_work_runs_on_one_thread_and_its_result_comes_back(process):
+    thread = EngineThread()
+    names = [thread.call(lambda: threading.current_thread().name, what="asking", seconds=5) for _ in range(2)]
+    assert names == ["vllm", "vllm"]
+    thread.end()
+    assert process.spoilt_by is None
+
+
+def test_an_engine_that_falls_silent_is_given_up_and_spoils_its_process(process):
+    thread, release = EngineThread(), threading.Event()
+    started = time.monotonic()
+    with pytest.raises(SamplerError, match=r"the engine gave no sign of life for 0\.2 s while sampling"):
+        thread.call(lambda: release.wait(30), what="sampling", seconds=0.2)
+    assert time.monotonic() - started < 5
+    process.alive = True
+    with pytest.raises(SamplerError, match=r"failed before \(gave no sign of life .* go on in a new process"):
+        process.claim()
+    release.set()
+
+
+def test_signs_of_life_start_the_wait_anew(process):
+    thread = EngineThread()
+
+    def work() -> str:
+        for _ in range(8):
+            time.sleep(0.1)
+            thread.sign_of_life()
+        return "done"
+
+    assert thread.call(work, what="working", seconds=0.5) == "done"
+
+
+def test_errors_of_ours_pass_and_others_spoil_the_process(process):
+    thread = EngineThread()
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(SamplerError, match=r"^a tensor is stale$"):
+        thread.call(lambda: fail(SamplerError("a tensor is stale")), what="syncing", seconds=5)
+    assert process.spoilt_by is None
+    with pytest.raises(SamplerError, match=r"failed while syncing \(RuntimeError: shapes differ\)") as caught:
+        thread.call(lambda: fail(RuntimeError("shapes differ\nmore")), what="syncing", seconds=5)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert process.spoilt_by is not None
+
+
+def test_one_engine_at_a_time(process):
+    process.claim()
+    with pytest.raises(SamplerError, match="an engine is alive in this process"):
+        process.claim()
+
+
+def test_an_interrupted_wait_tells_the_work_and_the_next_call_starts_clean():
+    thread, told, started = EngineThread(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        if thread.interrupted.wait(10):
+            told.set()
+
+    def interrupt() -> None:
+        started.wait(10)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        thread.call(work, what="sampling", seconds=20)
+    assert told.wait(5)
+    assert thread.call(thread.interrupted.is_set, what="asking", seconds=5) is False
+
+
+HANGS = """
+import time
+from posttrain.samplers.base import SamplerError
+from posttrain.samplers.engine_thread import EngineThread
+try:
+    EngineThread().call(lambda: time.sleep(600), what="sampling", seconds=0.2)
+except SamplerError as error:
+    print(error)
+    raise SystemExit(3)
+"""
+
+
+def test_a_process_ends_although_its_engine_hangs():
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "no sign of life" in done.stdout
