@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, UInt32
 
+from models.checksum import checksum
 from models.functional import FunctionalModel, Params, abstract_nnx, nnx_from_params
 from models.inference.cache import KVCache
 from models.parameters import flatten, unflatten
+from pretrain.optimizers import trained_part
 from pretrain.setup import ModelSetup
 from recipes.schema import OptimizerSection
 
@@ -96,11 +96,11 @@ class ModelBundle:
     def memory_table(self, optimizer: OptimizerSection) -> str:
         """Bytes a device holds of each role, as lines of a table."""
         setup = self.setup
-        state, abstract = setup.shardings.state, setup.abstract
+        state, abstract, update = setup.shardings.state, setup.abstract, setup.shardings.update
         parameters = device_bytes(abstract.params, state.params)
         rows = [
             ("policy", "parameters", parameters),
-            ("policy", "gradients", device_bytes(abstract.params, setup.shardings.update)),
+            ("policy", "gradients", device_bytes(trained_part(abstract.params, update), update)),
             ("policy", f"optimizer ({optimizer.memory})", device_bytes(abstract.opt_state, state.opt_state)),
         ]
         for role in (self.reference, self.teacher):
@@ -120,7 +120,7 @@ def as_module(model: FunctionalModel, params: Params) -> nnx.Module:
     """A model of either framework as an NNX module that shares `params`."""
     if model.options.framework == "linen":
         return LinenPolicy(model, params)
-    return nnx_from_params(abstract_nnx(model.config, model.options), params)
+    return nnx_from_params(abstract_nnx(model.config, model.options, model.adapters), params)
 
 
 def device_bytes(tree: Any, shardings: Any) -> int:
@@ -130,25 +130,3 @@ def device_bytes(tree: Any, shardings: Any) -> int:
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in zip(leaves, placed, strict=True)
     )
-
-
-def checksum(params: Params) -> int:
-    """A 32-bit checksum over the bits of all parameters, their places included; the same on every mesh."""
-    return int(_checksum({"/".join(path): leaf for path, leaf in flatten(params)}))
-
-
-@jax.jit
-def _checksum(leaves: dict[str, jax.Array]) -> UInt32[Array, ""]:
-    total = jnp.uint32(2166136261)
-    for name in sorted(leaves):
-        leaf = leaves[name]
-        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(
-            jnp.uint32
-        )
-        # An odd factor for each place, so that swapped values and swapped layers change the sum.
-        place = jnp.uint32(1)
-        for axis in range(leaf.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            place = place * jnp.uint32(31) + index * jnp.uint32(2654435761)
-        total = total * jnp.uint32(16777619) + (bits * (place * 2 + 1)).sum(dtype=jnp.uint32)
-    return total

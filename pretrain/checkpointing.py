@@ -1,7 +1,9 @@
 """A training state to and from a run's checkpoint folder."""
 
+from __future__ import annotations
+
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +11,17 @@ import jax
 
 from models.checkpoints import manager as checkpoint_manager
 from models.checkpoints import store
+from models.checkpoints.adapters import BaseInfo, adapter_extra, adapter_items, base_info, with_frozen_moments
 from models.checkpoints.layouts import from_disk, optimizer_from_dict, to_disk
 from models.checkpoints.manager import CheckpointManager
 from models.checkpoints.manifest import Mode
 from models.checkpoints.run_info import FORMAT, RunInfo, read_run_info
 from models.config import TransformerConfig
+from models.functional import Params
+from models.lora import has_adapters
 from pretrain.state import TrainState
 from recipes.schema import CheckpointSection, ModelSection
+from recipes.sections.alignment import LoraSection
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,10 @@ class Identity:
     seed: int
     rows_per_step: int
     """Rows that a step trains on, over all devices and micro-batches."""
+    adapters: LoraSection | None = None
+    """What is trained in place of the model: low-rank adapters, which alone are saved."""
+    base: BaseInfo | None = None
+    """The model that the adapters belong to; known once it is loaded."""
 
     def run_info(
         self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None, *, skipped_steps: int
@@ -44,8 +54,29 @@ class Identity:
             "wandb_run_id": wandb_run_id,
             "data_state": data_state,
             "rng": {"seed": self.seed, "step": step},
-            "extra": {"rows_per_step": self.rows_per_step, "skipped_steps": skipped_steps},
+            "extra": {
+                "rows_per_step": self.rows_per_step,
+                "skipped_steps": skipped_steps,
+                **adapter_extra(self.adapters, self.base),
+            },
         }
+
+    def with_base(self, params: Params) -> Identity:
+        """The same run, once its parameters are there."""
+        if self.adapters is None:
+            return self
+        return replace(self, base=base_info(self.options, params))
+
+    def require_base(self, params: Params) -> None:
+        """Raises RuntimeError if the base of a run of adapters is no longer what it was at the start."""
+        if self.base is None:
+            return
+        now = base_info(self.options, params)
+        if now != self.base:
+            raise RuntimeError(
+                f"base: its parameters changed in training (checksum {self.base.checksum}, now {now.checksum}): "
+                "what is frozen was written to; nothing was saved"
+            )
 
 
 def open_manager(folder: Path, section: CheckpointSection) -> CheckpointManager:
@@ -55,7 +86,9 @@ def open_manager(folder: Path, section: CheckpointSection) -> CheckpointManager:
 
 
 def state_items(state: TrainState, framework: Literal["linen", "nnx"]) -> dict[str, Any]:
-    """The state in the framework's layout on disk."""
+    """The state in the framework's layout on disk; of a model with adapters these alone."""
+    if has_adapters(state.params):
+        return adapter_items(state.params, state.opt_state, state.step, framework=framework)
     return to_disk(state.params, state.opt_state, state.step, framework=framework)
 
 
@@ -68,8 +101,13 @@ def abstract_items(abstract: TrainState, shardings: TrainState, framework: Liter
 
 
 def state_from_items(items: dict[str, Any], like: TrainState) -> TrainState:
-    """The inverse of `state_items`; `like` gives the optimizer state's structure."""
+    """The inverse of `state_items`; `like` gives the optimizer state's structure.
+
+    Of a model with adapters the parameters are these alone.
+    """
     params, moments, step = from_disk(items)
+    if has_adapters(like.params):
+        moments = with_frozen_moments(moments, like.opt_state)
     return TrainState(step, params, optimizer_from_dict(like.opt_state, moments))
 
 
@@ -144,6 +182,9 @@ def require_same_run(info: RunInfo, identity: Identity, step_dir: Path) -> None:
         for key in ("framework", "scan_layers", "param_scan_axis")
         if getattr(info, key) != wanted[key]
     ]
+    saved, asked = info.extra.get("lora"), wanted["extra"].get("lora")
+    if saved != asked:
+        differing.append(f"lora: checkpoint {saved}, recipe {asked}")
     rows = info.extra.get("rows_per_step")
     if rows != identity.rows_per_step:
         differing.append(

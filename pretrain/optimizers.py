@@ -97,6 +97,21 @@ def stop_frozen_gradients(params: Any, trainable: frozenset[str]) -> Any:
     )
 
 
+def is_frozen(node: Any) -> bool:
+    """Whether a node stands in a frozen parameter's place."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def trained_part(tree: Any, like: Any) -> Any:
+    """The leaves of a tree that `like` holds too; `optax.MaskedNode` elsewhere, where `like` has it."""
+    return jax.tree.map(lambda kept, leaf: kept if is_frozen(kept) else leaf, like, tree, is_leaf=is_frozen)
+
+
+def with_frozen(trained: Any, tree: Any) -> Any:
+    """The inverse of `trained_part`: what `trained` leaves out is taken from `tree`."""
+    return jax.tree.map(lambda leaf, whole: whole if is_frozen(leaf) else leaf, trained, tree, is_leaf=is_frozen)
+
+
 def train_only(tx: optax.GradientTransformation, trainable: frozenset[str]) -> optax.GradientTransformation:
     """Restricts an optimizer to some parameters: all others get zero updates and have no state.
 
@@ -120,10 +135,10 @@ def train_only(tx: optax.GradientTransformation, trainable: frozenset[str]) -> o
         params = None if params is None else drop_frozen(params)
         updates, state = tx.update(drop_frozen(grads), state, params, **extra)
         filled = jax.tree.map(
-            lambda update, grad: jnp.zeros_like(grad) if isinstance(update, optax.MaskedNode) else update,
+            lambda update, grad: jnp.zeros_like(grad) if is_frozen(update) and not is_frozen(grad) else update,
             updates,
             grads,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            is_leaf=is_frozen,
         )
         return filled, state
 
@@ -274,6 +289,10 @@ def muon_dimension_numbers(path: str, axes: Sequence[str | None]) -> optax.contr
     own = [i for i, name in enumerate(axes) if name != "layers"]
     if len(own) < 2 or "bias" in names or any(part in name for part in _NOT_MUON for name in names):
         return None
+    if names[-1] == "lora_a":
+        return optax.contrib.MuonDimensionNumbers(tuple(own[:-1]), (own[-1],))
+    if names[-1] == "lora_b":
+        return optax.contrib.MuonDimensionNumbers((own[0],), tuple(own[1:]))
     owner = names[-2] if "self_attention" in names else ""
     if owner == "out":
         return optax.contrib.MuonDimensionNumbers((own[0], own[-2]), (own[-1],))

@@ -159,6 +159,7 @@ class TrainingSession:
         if self.manager is None:
             return
         self.work.before_save()
+        self.identity.require_base(self.state.params)
         path = wandb_id_path(self.run_dir)
         wandb_id = path.read_text(encoding="utf-8").strip() if path.is_file() else None
         done = int(self.state.step)
@@ -270,12 +271,15 @@ def run_session(
     """
     record_devices(attempt, [f"{device.device_kind} {device.id}" for device in setup.mesh.devices.flat])
     rows = setup.plan.rows_trained * setup.plan.microbatches
-    identity = Identity(setup.config, recipe.model, recipe_hash(recipe), recipe.train.seed, rows)
+    identity = Identity(
+        setup.config, recipe.model, recipe_hash(recipe), recipe.train.seed, rows, adapters=setup.model.adapters
+    )
     folder = checkpoints_dir(attempt.dir)
     manager = open_manager(folder, recipe.checkpoint) if recipe.checkpoint.enabled else None
     trace = Trace(profile_dir(attempt.dir), recipe.logging.profile_steps)
     try:
         state, skipped = first_state(recipe, setup, identity, folder)
+        identity = identity.with_base(state.params)
         writer = open_metrics(attempt, recipe, restored_step=int(state.step), total_steps=recipe.train.steps)
         with writer, StopRequest() as stop:
             session = TrainingSession(

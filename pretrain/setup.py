@@ -9,19 +9,21 @@ from jax.sharding import Mesh, NamedSharding
 from models.checkpoints.hf_config import resolve_config
 from models.config import TransformerConfig
 from models.functional import FunctionalModel
+from models.lora import adapted_modules, is_adapter
 from models.mesh import make_mesh
 from models.ops.vocab import default_chunk_size
-from models.parameters import flatten, param_specs
+from models.parameters import flatten
 from models.sharding import DEFAULT_RULES, Rules, batch_sharding
 from models.tokenizer import load_tokenizer
 from pretrain.batching import BatchPlan, HostShare, check_divisible, host_share, plan_batch
 from pretrain.data.build import make_eval_iterator, make_train_iterator
 from pretrain.data.iterators import BatchIterator, DataPosition, EvalIterator
 from pretrain.losses import LossFn, make_loss_fn
-from pretrain.optimizers import make_optimizer, trainable_paths
+from pretrain.optimizers import make_optimizer, train_only, trainable_paths
 from pretrain.schedules import make_schedule
 from pretrain.state import StateShardings, TrainState, abstract_state, state_shardings
 from recipes.schema import PretrainRecipe, TrainingRecipe
+from recipes.sections.alignment import LoraSection
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,20 @@ def prepare(recipe: PretrainRecipe) -> Setup:
     return Setup(**vars(parts), train_iterator=train_iterator, eval_iterator=eval_iterator, loss_fn=loss_fn)
 
 
-def prepare_model(recipe: TrainingRecipe, *, sequence_length: int, eval_per_device: float | None = None) -> ModelSetup:
+def prepare_model(
+    recipe: TrainingRecipe,
+    *,
+    sequence_length: int,
+    eval_per_device: float | None = None,
+    lora: LoraSection | None = None,
+) -> ModelSetup:
     """Builds and checks the parts of any training run on rows of `sequence_length` tokens.
 
     Args:
         recipe: of the run.
         sequence_length: of its rows.
         eval_per_device: rows of an evaluation batch on a device; None is train.per_device_batch_size.
+        lora: the adapters of the kinds of training that have any; with a rank, they alone are trained.
 
     Raises:
         ValueError: in the house form, for whatever in the recipe doesn't fit the model or the devices.
@@ -131,13 +140,19 @@ def prepare_model(recipe: TrainingRecipe, *, sequence_length: int, eval_per_devi
     for each in (plan, eval_plan):
         check_divisible(each, mesh, rules, sequence_length=sequence_length)
     sharding = batch_sharding(mesh, rules)
-    model = FunctionalModel(config, recipe.model)
+    adapters = lora if lora is not None and lora.rank > 0 else None
+    if adapters is not None:
+        adapted_modules(config, adapters)
+    model = FunctionalModel(config, recipe.model, adapters)
     schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=recipe.train.steps)
-    specs = param_specs(config, scan_layers=recipe.model.scan_layers, param_scan_axis=recipe.model.param_scan_axis)
-    axes = {"/".join(path): spec.axes for path, spec in flatten(specs)}
+    axes = {"/".join(path): spec.axes for path, spec in flatten(model.specs)}
     tx = make_optimizer(recipe.optimizer, schedule, axes)
-    abstract = abstract_state(model, tx)
     patterns = recipe.optimizer.trainable
+    trainable = trainable_paths(patterns, axes) if patterns else None
+    if adapters is not None:
+        trainable = frozenset("/".join(path) for path, _ in flatten(model.specs) if is_adapter(path))
+        tx = train_only(tx, trainable)
+    abstract = abstract_state(model, tx)
     chunk = recipe.train.loss_chunk_size
     if chunk is None:
         tokens = plan.rows_per_microbatch * sequence_length
@@ -154,8 +169,8 @@ def prepare_model(recipe: TrainingRecipe, *, sequence_length: int, eval_per_devi
         schedule=schedule,
         tx=tx,
         abstract=abstract,
-        shardings=state_shardings(model, tx, abstract, mesh, rules, recipe.optimizer),
-        trainable=trainable_paths(patterns, axes) if patterns else None,
+        shardings=state_shardings(model, tx, abstract, mesh, rules, recipe.optimizer, trainable),
+        trainable=trainable,
         chunk_size=chunk,
     )
 

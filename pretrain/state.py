@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.functional import FunctionalModel, Params
-from models.parameters import is_spec, param_specs
+from models.parameters import flatten, is_spec, unflatten
 from models.sharding import Rules, partition_spec
 from recipes.schema import OptimizerSection
 
@@ -36,7 +36,8 @@ class StateShardings:
     opt_state_in_step: Any
     """The optimizer's shardings in device memory, where the update runs."""
     update: Params
-    """Where gradients, and parameters during the update, live: finer than `state.params` under ZeRO-1."""
+    """Where gradients, and parameters during the update, live: finer than `state.params` under ZeRO-1. A parameter that
+    is not trained has none: `optax.MaskedNode` stands in its place."""
 
 
 def abstract_state(model: FunctionalModel, tx: optax.GradientTransformation) -> TrainState:
@@ -56,15 +57,14 @@ def state_shardings(
     mesh: Mesh,
     rules: Rules,
     section: OptimizerSection,
+    trainable: frozenset[str] | None = None,
 ) -> StateShardings:
     """Shards parameters by their logical axes and moments like their parameters.
 
     With `optimizer.shard_over_data` moments are split over the data axis too (ZeRO-1, Rajbhandari et al. 2020); with
-    `optimizer.memory=pinned_host` they rest in host memory between steps.
+    `optimizer.memory=pinned_host` they rest in host memory between steps. Only `trainable` parameters, by name, have
+    gradients; None is all.
     """
-    specs = param_specs(
-        model.config, scan_layers=model.options.scan_layers, param_scan_axis=model.options.param_scan_axis
-    )
     finer = dict(rules)
     if section.shard_over_data:
         finer["embed"] = (*rules.get("embed", ()), "data")
@@ -72,7 +72,7 @@ def state_shardings(
     def shard(chosen: Rules) -> Params:
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh, chosen)),
-            specs,
+            model.specs,
             is_leaf=is_spec,
         )
 
@@ -102,6 +102,9 @@ def state_shardings(
             moments,
             abstract.opt_state,
         )
+    if trainable is not None:
+        named = {path: leaf if "/".join(path) in trainable else optax.MaskedNode() for path, leaf in flatten(update)}
+        update = unflatten(named)
     return StateShardings(TrainState(whole, params, resting), moments, update)
 
 

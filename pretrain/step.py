@@ -20,7 +20,7 @@ import optax
 from models.functional import Params
 from pretrain.batching import BatchPlan, join_microbatches, split_microbatches
 from pretrain.losses import LossFn
-from pretrain.optimizers import clip_by_global_norm
+from pretrain.optimizers import clip_by_global_norm, trained_part, with_frozen
 from pretrain.state import StateShardings, TrainState
 from pretrain.sums import LossOutput, Mean
 
@@ -102,22 +102,28 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, seed_key: jax.Array, proceed: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(seed_key, state.step)
-        sums, grads = accumulate(loss_fn, state.params, batch, key, options.plan)
+        # What is frozen is no argument of the differentiated function: it has no gradient, whatever its dtype.
+        trained = trained_part(state.params, shardings.update)
+
+        def trained_loss(trained: Params, micro: Batch, noise_key: jax.Array | None) -> LossOutput:
+            return loss_fn(with_frozen(trained, state.params), micro, noise_key)
+
+        sums, grads = accumulate(trained_loss, trained, batch, key, options.plan)
         tokens = jnp.maximum(sums.weight_sum, 1.0)
         loss = sums.loss_sum / tokens
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
         grads = jax.lax.with_sharding_constraint(grads, shardings.update)
         grads, raw_norm = clip_by_global_norm(grads, options.clip_norm)
         # Moments keep the parameters' dtype, and so must what the optimizer makes them of.
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, trained)
         finite = jnp.isfinite(loss) & jnp.isfinite(raw_norm)
         counts = proceed & (sums.weight_sum > 0)
         apply = finite & counts
 
         opt_state = jax.device_put(state.opt_state, shardings.opt_state_in_step)
-        updates, new_opt_state = tx.update(grads, opt_state, state.params)
-        new_params = optax.apply_updates(state.params, updates)
-        params = _select(apply, new_params, state.params)
+        updates, new_opt_state = tx.update(grads, opt_state, trained)
+        trained = _select(apply, optax.apply_updates(trained, updates), trained)
+        params = with_frozen(trained, state.params)
         opt_state = _select(apply, new_opt_state, opt_state)
         completed = counts if options.skip_nonfinite else apply
 
@@ -134,7 +140,7 @@ def make_train_step(
             metrics |= {
                 "learning/raw_grad_norm": raw_norm,
                 "learning/grad_norm": clipped,
-                "learning/param_norm": optax.tree.norm(params),
+                "learning/param_norm": optax.tree.norm(trained),
             }
         return TrainState(state.step + completed.astype(state.step.dtype), params, opt_state), metrics
 

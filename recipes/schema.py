@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, model_validator
 
-from recipes.sections.alignment import DistillSection, DPOSection, TeacherSection
+from recipes.sections.alignment import DistillSection, DPOSection, LoraSection, TeacherSection
 from recipes.sections.base import (
     FrozenMap,
     OnlyWhen,
@@ -113,6 +113,16 @@ class TrainingRecipe(Recipe):
                 "set run.dir to a folder that all of them see",
             )
 
+    def adapter_problems(self, lora: LoraSection) -> Iterator[Problem]:
+        """Yields the problem of adapters beside parameters that are chosen to be trained."""
+        if lora.rank > 0 and self.optimizer.trainable:
+            yield Problem(
+                "optimizer.trainable",
+                self.optimizer.trainable,
+                f"lora.rank={lora.rank} trains the adapters and nothing else",
+                "remove it, or set lora.rank=0",
+            )
+
     def tokenizer_problems(self, why: str) -> Iterator[Problem]:
         """Yields the problem of a recipe that reads text, as `why` says, and names no tokenizer."""
         if self.tokenizer.path is None and self.tokenizer.kind != "bytes":
@@ -156,12 +166,14 @@ class SFTRecipe(RowsRecipe):
 
     kind: Literal["sft"] = "sft"
     data: PosttrainDataSection
+    lora: LoraSection = LoraSection()
 
     def cross_problems(self) -> Iterator[Problem]:
         """Yields the rules of fine-tuning that need several sections; keys are dotted."""
         yield from super().cross_problems()
         yield from self.tokenizer_problems("examples are text")
         yield from self.held_out_problems(self.data)
+        yield from self.adapter_problems(self.lora)
 
 
 class DPORecipe(RowsRecipe):

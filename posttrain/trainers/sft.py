@@ -79,7 +79,10 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
 def prepare_rows(recipe: SFTRecipe | DistillRecipe) -> Setup:
     """Builds and checks the parts of a run on rows of examples."""
     parts = prepare_model(
-        recipe, sequence_length=recipe.data.sequence_length, eval_per_device=recipe.eval.per_device_batch_size
+        recipe,
+        sequence_length=recipe.data.sequence_length,
+        eval_per_device=recipe.eval.per_device_batch_size,
+        lora=recipe.lora if isinstance(recipe, SFTRecipe) else None,
     )
     tokenizer = load_tokenizer(recipe.tokenizer)
     shared: dict[str, Any] = {
