@@ -8,7 +8,7 @@ renamed once it is complete. So conversion needs no accelerator, and its memory 
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from models.checkpoints.hf_files import DTYPES
 from models.checkpoints.huggingface import ModelCard, export_hf
 from models.checkpoints.layouts import Framework, to_disk
 from models.checkpoints.manifest import EVERYTHING, hash_files, sync_folder
-from models.checkpoints.maxtext import maxtext_items
+from models.checkpoints.maxtext import maxtext_items, save_items
 from models.checkpoints.restack import Layout, map_param_trees, restack_moments, restack_params
 from models.checkpoints.run_info import FORMAT
 from models.config import TransformerConfig
@@ -198,7 +198,7 @@ def _write_maxtext(destination: Path, contents: Contents) -> Path:
     items = maxtext_items(contents.config, contents.params, contents.moments, contents.step, contents.layout)
     inside = Path(str(max(int(contents.step) - 1, 0)), manager.ITEMS_NAME)
     with appearing_whole(destination) as place:
-        store.save(place / inside, items, options=store_options())
+        save_items(place / inside, items, options=store_options())
         hash_files(place, share=EVERYTHING)
     return destination / inside
 
@@ -209,14 +209,14 @@ def arrange(contents: Contents, target: Target) -> Contents:
     scan = old.scan_layers if target.scan_layers is None else target.scan_layers
     # Without stacked layers the axis means nothing, and recipes then say 1.
     new = old if scan == old.scan_layers else Layout(scan, 1)
-    moments, step, info = contents.moments, contents.step, contents.info
+    moments, step = contents.moments, contents.step
     if target.params_only and (moments is not None or int(step) > 0):
         moments, step = None, np.zeros_like(step)
     if moments is not None:
         moments = _cast_moments(moments, contents.params, target.dtype)
         moments = restack_moments(moments, contents.config, old, new)
     params = restack_params(cast_params(contents.params, target.dtype), contents.config, old, new)
-    return replace(contents, params=params, moments=moments, step=step, layout=new, info=info)
+    return replace(contents, params=params, moments=moments, step=step, layout=new)
 
 
 def cast_params(params: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -225,14 +225,7 @@ def cast_params(params: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     Raises:
         ValueError: a value has no finite counterpart in the dtype; the parameters are named.
     """
-    if dtype is None:
-        return params
-    with np.errstate(over="ignore"):
-        leaves = {path: leaf.astype(DTYPES[dtype], copy=False) for path, leaf in flatten(params)}
-    overflown = ["/".join(path) for path, leaf in leaves.items() if not np.isfinite(leaf).all()]
-    if overflown:
-        raise ValueError(f"--dtype={dtype}: values of {', '.join(overflown)} exceed its range; use bfloat16 or float32")
-    return unflatten(leaves)
+    return params if dtype is None else _cast(params, dtype, only=None, where=())
 
 
 def _cast_moments(moments: Any, params: dict[str, Any], dtype: str | None) -> Any:
@@ -240,16 +233,22 @@ def _cast_moments(moments: Any, params: dict[str, Any], dtype: str | None) -> An
     if dtype is None:
         return moments
     own = {leaf.dtype for _, leaf in flatten(params)}
+    return map_param_trees(moments, lambda path, tree: _cast(tree, dtype, only=own, where=path))
 
-    def cast(path: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:
-        return unflatten(
-            {
-                name: leaf if leaf is None or leaf.dtype not in own else leaf.astype(DTYPES[dtype])
-                for name, leaf in flatten(tree)
-            }
-        )
 
-    return map_param_trees(moments, cast)
+def _cast(tree: dict[str, Any], dtype: str, *, only: Collection[Any] | None, where: tuple[str, ...]) -> dict[str, Any]:
+    """Leaves of the dtypes `only` (None: of all) in another."""
+    leaves = {}
+    for path, leaf in flatten(tree):
+        kept = leaf is None or (only is not None and leaf.dtype not in only)
+        with np.errstate(over="ignore"):  # What overflows is named below.
+            leaves[path] = leaf if kept else leaf.astype(DTYPES[dtype], copy=False)
+    over = [
+        "/".join((*where, *path)) for path, leaf in leaves.items() if leaf is not None and not np.isfinite(leaf).all()
+    ]
+    if over:
+        raise ValueError(f"--dtype={dtype}: values of {', '.join(over)} exceed its range; use bfloat16 or float32")
+    return unflatten(leaves)
 
 
 def write_ours(destination: Path, contents: Contents, *, framework: Framework, origin: Kind) -> Path:

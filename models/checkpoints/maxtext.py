@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from models.checkpoints import store
 from models.checkpoints.layouts import Tree, to_disk
@@ -128,6 +130,26 @@ def maxtext_items(config: TransformerConfig, params: Tree, moments: Any | None, 
 
     moments = map_param_trees(moments, theirs)
     return to_disk(theirs((), params), moments, np.asarray(step).astype(np.int32), framework="linen")
+
+
+def save_items(items: FilePath, tree: Tree, *, options: store.StoreOptions) -> None:
+    """Writes MaxText's tree, with optax's chains as the sequences that its restore asks for (`store` has dicts)."""
+    item = {**tree, **({"opt_state": _sequences(tree["opt_state"])} if "opt_state" in tree else {})}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=options.ocdbt, use_zarr3=options.zarr3)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=options.target_file_bytes), item)
+    size = options.target_file_bytes if options.ocdbt else None
+    args = ocp.args.PyTreeSave(item, save_args=save_args, ocdbt_target_data_file_size=size)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(items.absolute(), args=args)
+
+
+def _sequences(node: Any) -> Any:
+    """Dicts with the keys "0", "1", ... as lists."""
+    if not isinstance(node, Mapping):
+        return node
+    inner = {name: _sequences(child) for name, child in node.items()}
+    chain = [str(index) for index in range(len(inner))]
+    return [inner[name] for name in chain] if inner and set(chain) == inner.keys() else inner
 
 
 def _parts(tree: Mapping[str, Any]) -> tuple[Tree, Any | None, Any | None]:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from models.checkpoints import store
@@ -216,6 +218,30 @@ def test_a_tree_of_another_architecture_is_refused_by_leaf(shared_dir: Path) -> 
 
 
 # --- there and back ---
+
+
+def test_a_written_tree_restores_into_optax_states_as_maxtext_restores_it(shared_dir: Path, tmp_path: Path) -> None:
+    """MaxText hands Orbax its state, whose optimizer is a tuple of named tuples. The fixture takes the same target."""
+    fixture, config = shared_dir / "fixtures/maxtext/llama-tiny", FIXTURES["llama-tiny"]
+    convert(fixture, tmp_path / "ours", target("nnx", scan_layers=False), config=config, from_step=None)
+    there = target("maxtext", scan_layers=True)
+    written = convert(tmp_path / "ours", tmp_path / "theirs", there, config=None, from_step=None).written
+    assert written == tmp_path / "theirs/5/items"
+    params = store.read_host(fixture / "items", only=["params"])["params"]
+    state = {"params": params, "opt_state": optax.adamw(lambda count: 1e-3).init(params), "step": np.int32(0)}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def restore(items: Path) -> Any:
+        arguments = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=place), state)
+        # The fixture holds random keys besides.
+        wanted = ocp.args.PyTreeRestore(item=state, restore_args=arguments, partial_restore=items != written)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(items.absolute(), args=wanted)
+
+    ours, theirs = restore(written), restore(fixture / "items")
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs) == jax.tree.structure(state)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.array_equal(one, other) and one.dtype == other.dtype
 
 
 def state_of(config: TransformerConfig, *, scan: bool, head: float = 1.0) -> Contents:
