@@ -103,6 +103,8 @@ class Engine:
         self._model = inference_model(model)
         self._capacity = -(-max_length // SHORTEST_PREFILL) * SHORTEST_PREFILL
         self._convert = jax.jit(partial(inference_params, model))
+        # Under jit each leaf is a buffer of its own, as donation wants them.
+        self._init = jax.jit(partial(init_slots, self._model, num_slots=num_slots, capacity=self._capacity))
         self._prefill = jax.jit(partial(prefill, self._model), static_argnames="capacity")
         self._insert = jax.jit(insert_request, donate_argnums=0)
         self._decode = jax.jit(
@@ -133,8 +135,7 @@ class Engine:
     def load(self, params: Params) -> None:
         """Takes over parameters in the trainer's layout, on one device or a mesh; drops every request and cache."""
         self._params = self._convert(params)
-        # Under jit each leaf is a buffer of its own, as donation wants them.
-        slots = jax.jit(partial(init_slots, self._model, num_slots=self.num_slots, capacity=self._capacity))()
+        slots = self._init()
         sharding = jax.tree.leaves(self._params)[0].sharding
         if isinstance(sharding, NamedSharding):
             slots = jax.device_put(slots, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -11,11 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.functional import FunctionalModel, Params
-from models.inference.engine import Chunk, Engine, Request, inference_model, padded_length
+from models.inference.attention import CPU_BLOCK
+from models.inference.engine import Chunk, Engine, Request, inference_model, inference_params, padded_length
 from models.inference.stop_text import StopText
 from models.ops.head import output_logits
 from models.ops.vocab import default_chunk_size, token_logprobs
+from models.parameters import flatten
 from models.tokenizer import Tokenizer
+from posttrain.samplers import proof
 from posttrain.samplers.base import (
     Completion,
     Prompt,
@@ -42,8 +45,20 @@ class Progress:
     seconds: float
 
 
+@dataclass(frozen=True)
+class SyncReport:
+    """What the last sync took and showed."""
+
+    seconds: float
+    """All of it."""
+    proof_seconds: float
+    """The part that was spent on proving it."""
+    logprob_deviation: float | None
+    """Largest deviation of a sampled token's log-probability, in nats; None where no proof was due."""
+
+
 class NativeSampler:
-    """See `posttrain.samplers.base.Sampler`. Completions are equal to the bit whatever else the call samples."""
+    """A `posttrain.samplers.base.Sampler` in JAX alone; a completion is the same, to the bit, whatever else is sampled."""
 
     def __init__(
         self,
@@ -54,6 +69,7 @@ class NativeSampler:
         steps_per_call: int,
         tokenizer: Tokenizer | None,
         on_progress: Callable[[Progress], None] | None,
+        proof_settings: proof.ProofSettings | None = None,
     ) -> None:
         """Makes an engine without weights; `sync` brings them.
 
@@ -64,14 +80,19 @@ class NativeSampler:
             steps_per_call: tokens sampled between two looks from the host.
             tokenizer: reads the text for stop strings; None where none are used.
             on_progress: called whenever the host looks.
+            proof_settings: of a sync's proof; None proves each sync to the tolerance of the compute dtype.
         """
         self._model, self._tokenizer, self._on_progress = model, tokenizer, on_progress
         self._engine: Engine | None = Engine(
             model, num_slots=num_slots, max_length=max_length, steps_per_call=steps_per_call
         )
+        self._proof = proof_settings or proof.proof_settings(model.options.compute_dtype, every=1)
         self._max_length = max_length
-        self._version = -1
+        self._version, self._syncs = -1, 0
+        self.last_sync: SyncReport | None = None
         self._score = jax.jit(partial(_sequence_logprobs, inference_model(model)))
+        self._held_checksums = jax.jit(checksums)
+        self._given_checksums = jax.jit(lambda params: checksums(inference_params(model, params)))
 
     @property
     def weight_version(self) -> int:
@@ -93,6 +114,16 @@ class NativeSampler:
         """
         engine = self._ready()
         check_prompts(prompts, sampling, vocab_size=self._model.config.vocab_size, max_length=self._max_length)
+        return self._complete(engine, prompts, sampling, self._version, on_tokens)
+
+    def _complete(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        version: int,
+        on_tokens: Callable[[int, int, list[int]], None] | None,
+    ) -> list[Completion]:
         jobs = self._submit(engine, prompts, sampling)
         start = time.perf_counter()
         limit = STOP_STRING_STEPS if sampling.stop_strings or on_tokens else engine.steps_per_call
@@ -108,7 +139,7 @@ class NativeSampler:
                 completed = sum(job.finished for job in jobs)
                 tokens = sum(len(job.token_ids) for job in jobs)
                 self._on_progress(Progress(completed, len(jobs), tokens, time.perf_counter() - start))
-        return [job.completion(sampling, self._version) for job in jobs]
+        return [job.completion(sampling, version) for job in jobs]
 
     def _submit(self, engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list["_Job"]:
         """Queues every completion; a job's index is its request's number."""
@@ -160,14 +191,49 @@ class NativeSampler:
         return scores
 
     def sync(self, params: Params, version: int) -> None:
-        """Copies the trainer's parameters into the engine; see the protocol."""
+        """Copies the trainer's parameters into the engine and, where a proof is due, proves it; see the protocol.
+
+        The proof is a checksum of every tensor, and one sampled completion whose log-probabilities the trainer's own
+        model must give again.
+        """
+        started = time.perf_counter()
         engine = self._open()
-        engine.load(params)
+        proof.check_tree(self._model, params)
+        every = self._proof.every
+        due = every > 0 and self._syncs % every == 0
+        self._version = -1
+        # Tunix forbids transfers between host and device during a sync; these are small.
+        with jax.transfer_guard("allow"):
+            engine.load(params)
+            jax.block_until_ready(engine.params)
+            taken = time.perf_counter()
+            deviation = self._prove(engine, params, version) if due else None
         self._version = version
+        self._syncs += 1
+        now = time.perf_counter()
+        self.last_sync = SyncReport(now - started, now - taken, deviation)
+
+    def _prove(self, engine: Engine, params: Params, version: int) -> float:
+        """Raises SamplerError unless the engine computes with `params`; returns the log-probabilities' deviation."""
+        given, held = jax.device_get((self._given_checksums(params), self._held_checksums(engine.params)))
+        proof.compare_checksums(
+            {name: int(value) for name, value in given.items()}, {name: int(value) for name, value in held.items()}
+        )
+        prompt, sampling = proof.probe(self._model, CPU_BLOCK, max_length=self._max_length)
+        completions = self._complete(engine, [prompt], sampling, version, None)
+        return proof.check_completions(
+            self._model,
+            params,
+            [prompt],
+            completions,
+            sampling=sampling,
+            version=version,
+            tolerance=self._proof.logprob_tolerance,
+        )
 
     def close(self) -> None:
         """Frees the weights and the cache."""
-        self._engine = None
+        self._engine, self._version = None, -1
 
     def _open(self) -> Engine:
         if self._engine is None:
@@ -222,6 +288,20 @@ class _Job:
             finish_reason="stop" if stopped else "length",
             weight_version=version,
         )
+
+
+def checksums(params: Params) -> dict[str, jax.Array]:
+    """Of each tensor the sum of its elements' bits, each times an odd number of its own, modulo 2**32.
+
+    It is exact, whatever the order of the summation, and sees an exchange of elements.
+    """
+    sums = {}
+    for path, leaf in flatten(params):
+        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+        weights = jnp.arange(leaf.size, dtype=jnp.uint32).reshape(leaf.shape) * jnp.uint32(2) + jnp.uint32(1)
+        mixed = weights * jnp.uint32(0x9E3779B1) ^ (weights >> 15)
+        sums["/".join(path)] = (bits.astype(jnp.uint32) * (mixed | jnp.uint32(1))).sum(dtype=jnp.uint32)
+    return sums
 
 
 def _sequence_logprobs(model: FunctionalModel, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
