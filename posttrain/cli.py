@@ -18,6 +18,7 @@ import typer
 
 from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
+from posttrain.verbs import generate as generate_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
 
@@ -124,7 +125,9 @@ def pretrain(loaded: LoadedRecipe) -> None:
     Exit codes: 0 done, 1 a save failed, 2 a mistake in the recipe, 3 the loss was not finite, 75 interrupted and
     saved (the same command with run.resume=must goes on).
     """
-    train(loaded, "pretrain.trainer")
+    from pretrain.trainer import run
+
+    train(loaded, run)
 
 
 @recipe_verb("sft")
@@ -133,7 +136,9 @@ def sft(loaded: LoadedRecipe) -> None:
 
     Exit codes as for pretrain.
     """
-    train(loaded, "posttrain.trainers.sft")
+    from posttrain.trainers.sft import run
+
+    train(loaded, run)
 
 
 @recipe_verb("dpo")
@@ -142,7 +147,9 @@ def dpo(loaded: LoadedRecipe) -> None:
 
     Exit codes as for pretrain.
     """
-    train(loaded, "posttrain.trainers.dpo")
+    from posttrain.trainers.dpo import run
+
+    train(loaded, run)
 
 
 @recipe_verb("distill")
@@ -151,7 +158,9 @@ def distill(loaded: LoadedRecipe) -> None:
 
     Exit codes as for pretrain.
     """
-    train(loaded, "posttrain.trainers.distill")
+    from posttrain.trainers.distill import run
+
+    train(loaded, run)
 
 
 @recipe_verb("grpo")
@@ -160,23 +169,23 @@ def grpo(loaded: LoadedRecipe) -> None:
 
     Exit codes as for pretrain.
     """
-    train(loaded, "posttrain.trainers.grpo")
+    from posttrain.trainers.grpo import run
+
+    train(loaded, run)
 
 
-def train(loaded: LoadedRecipe, trainer: str) -> None:
-    """Runs a recipe with the `run` function of the module named `trainer`; prints how it ended.
+def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any]) -> None:
+    """Runs a recipe with its trainer's `run`; prints how it ended.
 
     Raises:
         typer.Exit: with the code that says why the run did not end as the recipe wants.
     """
-    from importlib import import_module
-
     from posttrain.process import start_process
     from pretrain.guard import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted, NonFiniteError
 
     start_process()
     try:
-        result = import_module(trainer).run(loaded, sys.argv)
+        result = run(loaded, sys.argv)
     except Interrupted as end:
         print(end, file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -192,6 +201,7 @@ def train(loaded: LoadedRecipe, trainer: str) -> None:
 
 checkpoints_verbs.register(app)
 convert_verb.register(app)
+generate_verb.register(app)
 inspect_data_verb.register(app)
 
 

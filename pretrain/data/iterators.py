@@ -20,6 +20,7 @@ TEXT_TALLIES = ("target_tokens", "text_bytes")
 """What is counted over the batches handed out: the fields of TextTotals."""
 
 
+@runtime_checkable
 class DataPosition(Protocol):
     """Data whose position can be saved."""
 
