@@ -29,31 +29,7 @@ class Doctor:
         """
         self._section = section
         self._lasted: dict[str, int] = {}
-        self._symptoms: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
-            "every completion is truncated": (
-                lambda row: row["completions/truncated"] == 1.0,
-                "none ends with a stop token, so none can be right; raise rl.max_completion_length, look at a prompt "
-                "with `posttrain check`, or teach the model to stop with SFT first",
-            ),
-            "no group has any difference in reward": (
-                lambda row: row["groups/without_signal"] == 1.0,
-                "every advantage is 0, so nothing is learnt; use easier or harder problems, more generations, or a "
-                "reward with parts",
-            ),
-            "every reward is the lowest there is": (
-                lambda row: _at(row["rewards/total/mean"], lowest, highest),
-                "the policy never succeeds; use easier problems or SFT first",
-            ),
-            "every reward is the highest there is": (
-                lambda row: _at(row["rewards/total/mean"], highest, lowest),
-                "there is nothing left to learn; use harder problems, or stop",
-            ),
-            "sampler and trainer disagree": (
-                lambda row: not row.get("sampler/mismatch_kl", 0.0) <= section.max_mismatch,
-                f"sampler/mismatch_kl is above doctor.max_mismatch={section.max_mismatch}; look at dtypes, at the "
-                "sampler's sync, and at the version of the weights in the completions' ledger",
-            ),
-        }
+        self._symptoms = _symptoms(section, lowest, highest)
 
     def examine(self, step: int, row: Mapping[str, float]) -> list[str]:
         """Looks at the metrics of a step.
@@ -77,6 +53,38 @@ class Doctor:
             logger.warning("%s", message)
             found.append(name)
         return found
+
+
+Symptom = tuple[Callable[[Mapping[str, float]], bool], str]
+"""Whether a step's metrics show it, and what to do about it."""
+
+
+def _symptoms(section: DoctorSection, lowest: float, highest: float) -> dict[str, Symptom]:
+    return {
+        "every completion is truncated": (
+            lambda row: row["completions/truncated"] == 1.0,
+            "none ends with a stop token, so none can be right; raise rl.max_completion_length, look at a prompt "
+            "with `posttrain check`, or teach the model to stop with SFT first",
+        ),
+        "no group has any difference in reward": (
+            lambda row: row["groups/without_signal"] == 1.0,
+            "every advantage is 0, so nothing is learnt; use easier or harder problems, more generations, or a "
+            "reward with parts",
+        ),
+        "every reward is the lowest there is": (
+            lambda row: _at(row["rewards/total/mean"], lowest, highest),
+            "the policy never succeeds; use easier problems or SFT first",
+        ),
+        "every reward is the highest there is": (
+            lambda row: _at(row["rewards/total/mean"], highest, lowest),
+            "there is nothing left to learn; use harder problems, or stop",
+        ),
+        "sampler and trainer disagree": (
+            lambda row: not row.get("sampler/mismatch_kl", 0.0) <= section.max_mismatch,
+            f"sampler/mismatch_kl is above doctor.max_mismatch={section.max_mismatch}; look at dtypes, at the "
+            "sampler's sync, and at the version of the weights in the completions' ledger",
+        ),
+    }
 
 
 def _at(value: float, end: float, other: float) -> bool:

@@ -3,16 +3,20 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from models.tokenizer import Tokenizer
 from posttrain.data.gsm8k import Problem, ProblemSource, load_problems
 from posttrain.data.prompts import SYSTEM_PROMPT, PromptRow, PromptSet, PromptStream, PromptTemplate, make_prompts
+from posttrain.data.word_problems import GAIN_VERBS, LARGEST, LOSS_VERBS, word_problems
 from recipes.schema import PromptDataSection, TokenizerSection
 from rewards.base import Tags
 
 logger = logging.getLogger(__name__)
 
 TAGS = Tags()
+NUM_STORIES = 10000
+NUM_HELD_OUT_STORIES = 400
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ def load_all(data: PromptDataSection) -> Problems:
         ValueError: they cannot be loaded.
     """
     if data.kind == "word_problems":
-        raise NotImplementedError
+        sizes = {"train": data.num_problems or NUM_STORIES, "test": data.num_eval_problems or NUM_HELD_OUT_STORIES}
+        return Problems(*(_stories(data, split, count) for split, count in sizes.items()))
     held_out: Sequence[Problem] = []
     if data.eval_path or data.eval_name or data.eval_split:
         named = data.eval_path is not None or data.eval_name is not None
@@ -58,6 +63,21 @@ def load_all(data: PromptDataSection) -> Problems:
         )
     )
     return Problems(train, held_out)
+
+
+def _stories(data: PromptDataSection, split: Any, count: int) -> list[Problem]:
+    stories = word_problems(
+        count,
+        seed=data.shuffle_seed,
+        split=split,
+        levels=data.levels,
+        verbs=(*GAIN_VERBS, *LOSS_VERBS),
+        largest=LARGEST,
+    )
+    return [
+        Problem(number, story.question, str(story.answer), story.solution, {"level": story.level})
+        for number, story in enumerate(stories)
+    ]
 
 
 def prompt_set(

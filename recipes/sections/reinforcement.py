@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from recipes.sections.base import FrozenDict, FrozenMap, OnlyWhen, Problem, Section, Unless
+from recipes.sections.base import AsTuple, FrozenDict, FrozenMap, OnlyWhen, Problem, Section, Unless
 
 CLIPPED = Unless("loss_algo", "rloo")
 FROM_RECORDS = OnlyWhen("kind", "records")
@@ -180,8 +180,8 @@ class PromptDataSection(Section):
     """The first so many problems; null takes all, of word_problems 10000."""
     num_eval_problems: Annotated[int | None, Field(ge=1)] = None
     """As num_problems, held out; null takes all, of word_problems 400."""
-    difficulty: Annotated[int, Field(ge=1), OnlyWhen("kind", "word_problems")] = 2
-    """The steps of a story."""
+    levels: Annotated[tuple[int, ...], AsTuple, OnlyWhen("kind", "word_problems")] = (2, 3)
+    """Of the stories, from 1 (one step) to 4 (three steps)."""
     system_prompt: str | None = None
     """What the policy is told; may name {reasoning_start} and the other tags. null asks for tagged reasoning."""
     template: str = "{system_prompt}\n\n{question}"
