@@ -80,7 +80,7 @@ def inference_params(model: FunctionalModel, params: Params) -> Params:
 
 
 class Engine:
-    """Samples requests from one model. Requests wait in order; each takes the first slot that is free.
+    """Samples requests from one model. They wait in order, and each takes the first slot that is free.
 
     A request's tokens and log-probabilities are the same, to the bit, whatever else is submitted, in whatever order:
     every program has one shape for all slots, and no slot reads another.
@@ -107,9 +107,7 @@ class Engine:
         self._init = jax.jit(partial(init_slots, self._model, num_slots=num_slots, capacity=self._capacity))
         self._prefill = jax.jit(partial(prefill, self._model), static_argnames="capacity")
         self._insert = jax.jit(insert_request, donate_argnums=0)
-        self._decode = jax.jit(
-            partial(decode, self._model, num_steps=steps_per_call), donate_argnums=1, static_argnames="truncate"
-        )
+        self._decode = jax.jit(partial(decode, self._model, num_steps=steps_per_call), donate_argnums=1)
         self._params: Params | None = None
         self._slots: Any = None
         self._reset()
@@ -183,10 +181,7 @@ class Engine:
                 self._start(slot, *self._waiting.popleft())
         if not self._running:
             return []
-        truncate = any(r.top_k is not None or r.top_p < 1.0 for _, r in self._running.values())
-        self._slots, emitted = self._decode(
-            self._params, self._slots, self._stop_ids, bool(self._waiting), limit, truncate=truncate
-        )
+        self._slots, emitted = self._decode(self._params, self._slots, self._stop_ids, bool(self._waiting), limit)
         tokens, logprobs, counts, active = jax.device_get(
             (emitted.tokens, emitted.logprobs, emitted.counts, emitted.active)
         )

@@ -22,7 +22,6 @@ def sample_tokens(
     temperature: Float[Array, " B"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
-    truncate: bool,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token for each row.
 
@@ -33,7 +32,6 @@ def sample_tokens(
         temperature: divides the logits; 0 takes the most probable token (the first of equals).
         top_k: at least 1; all tokens as probable as the k-th stay.
         top_p: in (0, 1]; 1 keeps all.
-        truncate: whether any row has top_k or top_p; without it the two are not read.
 
     Returns:
         Token ids, and their log-probabilities in nats: of the truncated, scaled distribution; of the unscaled and
@@ -42,9 +40,14 @@ def sample_tokens(
     greedy = temperature == 0.0
     scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
     top = scaled.max(-1, keepdims=True)
-    if truncate:
-        kept = truncation(scaled, top_k=top_k, top_p=top_p) | greedy[:, None]
-        scaled = jnp.where(kept, scaled, -jnp.inf)
+    # Decided at run time, as a program of its own for rows without truncation would round otherwise.
+    truncated = ((top_k < logits.shape[1]) | (top_p < 1.0)) & ~greedy
+    kept = jax.lax.cond(
+        truncated.any(),
+        lambda: truncation(scaled, top_k=top_k, top_p=top_p) | ~truncated[:, None],
+        lambda: jnp.ones(logits.shape, bool),
+    )
+    scaled = jnp.where(kept, scaled, -jnp.inf)
     weights = jnp.exp(scaled - top)
     drawn = _draw(weights, jax.vmap(_two_uniforms)(seeds, counts))
     tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn)

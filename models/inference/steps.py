@@ -147,7 +147,6 @@ def decode(
     limit: Int[Array, ""],
     *,
     num_steps: int,
-    truncate: bool,
 ) -> tuple[Slots, Emitted]:
     """Samples up to `limit` tokens of every active slot without going back to the host.
 
@@ -159,7 +158,6 @@ def decode(
         yield_on_finish: return as soon as a request ends, because others wait for its slot.
         limit: bound on the tokens of a slot in this call.
         num_steps: bound on `limit`.
-        truncate: whether any active request has top_k or top_p.
     """
     B = slots.active.shape[0]
     emitted = Emitted(
@@ -181,9 +179,9 @@ def decode(
             seeds=now.seeds,
             counts=now.counts,
             temperature=now.temperature,
-            top_k=now.top_k,
-            top_p=now.top_p,
-            truncate=truncate,
+            # What a slot at rest was asked for must not make the others pay for a truncation.
+            top_k=jnp.where(now.active, now.top_k, model.config.vocab_size),
+            top_p=jnp.where(now.active, now.top_p, 1.0),
         )
         counts = now.counts + now.active
         stopped = (tokens[:, None] == stop_ids).any(-1) | (counts >= now.max_tokens)

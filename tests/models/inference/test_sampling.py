@@ -21,15 +21,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def draw(logits, *, temperature=1.0, top_k=V, top_p=1.0, seeds=None, counts=None):
     """`sample_tokens` with one setting for all rows."""
     rows = len(logits)
-    truncate = top_k < V or top_p < 1.0
-    tokens, logprobs = jax.jit(sample_tokens, static_argnames="truncate")(
+    tokens, logprobs = jax.jit(sample_tokens)(
         jnp.asarray(logits, jnp.float32),
         seeds=jnp.arange(rows) if seeds is None else jnp.asarray(seeds),
         counts=jnp.zeros(rows, jnp.int32) if counts is None else jnp.asarray(counts),
         temperature=jnp.full(rows, temperature, jnp.float32),
         top_k=jnp.full(rows, top_k, jnp.int32),
         top_p=jnp.full(rows, top_p, jnp.float32),
-        truncate=truncate,
     )
     return np.asarray(tokens), np.asarray(logprobs)
 
