@@ -431,7 +431,7 @@ def _cheapen_reloads(model: Any) -> None:
 
     A reload fills a scratch [outputs, inputs] for each matrix and packs it. Our kernels are [inputs, outputs]: filled
     with its strides exchanged, the scratch takes whole rows of ours instead of single numbers, which is most of a
-    reload's time.
+    reload's time. Only float32 is packed from any strides.
     """
     import torch
     from vllm.model_executor.layers.linear import LinearBase
@@ -441,6 +441,7 @@ def _cheapen_reloads(model: Any) -> None:
         if isinstance(module, LinearBase):
             parameters, _ = get_layerwise_info(module).restore_metadata
             old = parameters["weight"]
-            new = torch.empty_strided(old.shape, (1, old.shape[0]), dtype=old.dtype, device="meta")
-            new.__class__, new.__dict__ = old.__class__, old.__dict__
-            parameters["weight"] = new
+            if old.dtype == torch.float32:
+                new = torch.empty_strided(old.shape, (1, old.shape[0]), dtype=old.dtype, device="meta")
+                new.__class__, new.__dict__ = old.__class__, old.__dict__
+                parameters["weight"] = new
