@@ -185,7 +185,8 @@ def require_same_run(info: RunInfo, identity: Identity, step_dir: Path) -> None:
     saved, asked = info.extra.get("lora"), wanted["extra"].get("lora")
     if saved != asked:
         differing.append(f"lora: checkpoint {saved}, recipe {asked}")
-    rows = info.extra.get("rows_per_step")
+    # A checkpoint converted from elsewhere does not say.
+    rows = info.extra.get("rows_per_step", identity.rows_per_step)
     if rows != identity.rows_per_step:
         differing.append(
             f"rows a step: checkpoint {rows}, recipe {identity.rows_per_step} (devices x train.per_device_batch_size x "

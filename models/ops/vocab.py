@@ -13,9 +13,6 @@ loss reads.
 The head is a pure function `head_fn(head_params, hidden_BCD) -> logits_BCV`, static under `jit`. It may hold the final
 norm, a scale and a soft cap, for all of which the gradients are exact; it must not close over traced arrays. Leaves of
 `head_params` that are not floating point (a quantised kernel) get no gradient.
-
-Chunks are strided along T and whole along B: chunk i of n holds the tokens i, i + n, i + 2n, ... of every row. A batch
-sharded along B, T or both then splits into chunks that are sharded alike, and no token changes its device.
 """
 
 import functools
@@ -27,6 +24,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
+
+from models.ops.chunks import (
+    accumulate,
+    accumulators,
+    cast_like,
+    checked_chunk_size,
+    is_target,
+    join_chunks,
+    split_chunks,
+    stat_dtype,
+    zero_where,
+)
 
 HeadFn = Callable[[Any, Float[Array, "B C D"]], Float[Array, "B C V"]]
 
@@ -127,7 +136,7 @@ def token_logprobs(
             f"token_logprobs: temperature={temperature}: log-probabilities need a positive divisor; greedy decoding "
             "is scored at temperature=1.0"
         )
-    spec = _StatsSpec(_checked(chunk_size), float(temperature), with_entropy)
+    spec = _StatsSpec(checked_chunk_size(chunk_size), float(temperature), with_entropy)
     return _token_stats(head_fn, spec, head_params, hidden_BTD, targets_BT)
 
 
@@ -160,8 +169,8 @@ def cross_entropy_sum(
     Raises:
         ValueError: `chunk_size` is not positive.
     """
-    spec = _LossSpec(_checked(chunk_size), float(z_loss))
-    weights_BT = lax.stop_gradient(jnp.asarray(weights_BT, _stat_dtype(hidden_BTD)))
+    spec = _LossSpec(checked_chunk_size(chunk_size), float(z_loss))
+    weights_BT = lax.stop_gradient(jnp.asarray(weights_BT, stat_dtype(hidden_BTD)))
     return _loss_sum(head_fn, spec, head_params, hidden_BTD, targets_BT, weights_BT)
 
 
@@ -172,12 +181,12 @@ def cross_entropy_sum(
 def _loss_sum(head_fn, spec, head_params, hidden_BTD, targets_BT, weights_BT) -> LossSum:
     def body(carry, chunk):
         hidden, targets, weights = chunk
-        logits = _apply_head(head_fn, head_params, _zero_where(weights == 0, hidden))
+        logits = _apply_head(head_fn, head_params, zero_where(weights == 0, hidden))
         loss, z, _, _ = _weighted_loss(logits.astype(weights.dtype), targets, weights, spec.z_loss)
         return (carry[0] + loss, carry[1] + z), None
 
     zero = jnp.zeros((), weights_BT.dtype)
-    chunks = _split((hidden_BTD, targets_BT, weights_BT), spec.chunk_size)
+    chunks = split_chunks((hidden_BTD, targets_BT, weights_BT), spec.chunk_size)
     (loss, z), _ = lax.scan(body, (zero, zero), chunks)
     return LossSum(loss, z, weights_BT.sum())
 
@@ -187,24 +196,24 @@ def _loss_sum_fwd(head_fn, spec, head_params, hidden_BTD, targets_BT, weights_BT
         hidden, targets, weights = chunk
         dead = weights == 0
         # A masked token's hidden state may be anything, and NaN * 0 is NaN in the head's gradient.
-        logits, vjp_fn = jax.vjp(functools.partial(_apply_head, head_fn), head_params, _zero_where(dead, hidden))
+        logits, vjp_fn = jax.vjp(functools.partial(_apply_head, head_fn), head_params, zero_where(dead, hidden))
         loss, z, softmax_scale, exp = _weighted_loss(logits.astype(weights.dtype), targets, weights, spec.z_loss)
-        grad_logits = exp * softmax_scale[..., None] - jnp.where(_is_target(targets, logits), weights[..., None], 0)
+        grad_logits = exp * softmax_scale[..., None] - jnp.where(is_target(targets, logits), weights[..., None], 0)
         head_grads, hidden_grad = vjp_fn(grad_logits.astype(logits.dtype))
-        carry = (carry[0] + loss, carry[1] + z, _accumulate(carry[2], head_grads))
-        return carry, _zero_where(dead, hidden_grad)
+        carry = (carry[0] + loss, carry[1] + z, accumulate(carry[2], head_grads))
+        return carry, zero_where(dead, hidden_grad)
 
     zero = jnp.zeros((), weights_BT.dtype)
-    chunks = _split((hidden_BTD, targets_BT, weights_BT), spec.chunk_size)
-    (loss, z, head_grads), hidden_grad = lax.scan(body, (zero, zero, _accumulators(head_params)), chunks)
-    residuals = (head_params, head_grads, _join(hidden_grad, hidden_BTD.shape[1]))
+    chunks = split_chunks((hidden_BTD, targets_BT, weights_BT), spec.chunk_size)
+    (loss, z, head_grads), hidden_grad = lax.scan(body, (zero, zero, accumulators(head_params)), chunks)
+    residuals = (head_params, head_grads, join_chunks(hidden_grad, hidden_BTD.shape[1]))
     return LossSum(loss, z, weights_BT.sum()), residuals
 
 
 def _loss_sum_bwd(head_fn, spec, residuals, cotangents: LossSum):
     head_params, head_grads, hidden_grad = residuals
     scale = cotangents.loss_sum
-    head_grads = _cast_like(jax.tree.map(lambda grad: grad * scale, head_grads), head_params)
+    head_grads = cast_like(jax.tree.map(lambda grad: grad * scale, head_grads), head_params)
     return head_grads, (hidden_grad * scale).astype(hidden_grad.dtype), None, None
 
 
@@ -214,7 +223,7 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
 def _weighted_loss(logits_BCV, targets_BC, weights_BC, z_loss):
     """Returns the chunk's loss and z sums, and the two factors of d loss / d logsumexp * softmax: scale_BC, exp_BCV."""
     exp, total, logsumexp = _exponentials(logits_BCV)
-    target_logit = jnp.where(_is_target(targets_BC, logits_BCV), logits_BCV, 0).sum(-1)
+    target_logit = jnp.where(is_target(targets_BC, logits_BCV), logits_BCV, 0).sum(-1)
     valid = ((targets_BC >= 0) & (targets_BC < logits_BCV.shape[-1])) | (weights_BC == 0)
     z = z_loss * jnp.square(logsumexp)
     loss = jnp.where(valid, logsumexp - target_logit + z, jnp.nan)
@@ -229,10 +238,10 @@ def _weighted_loss(logits_BCV, targets_BC, weights_BC, z_loss):
 def _token_stats(head_fn, spec, head_params, hidden_BTD, targets_BT) -> TokenStats:
     def body(_, chunk):
         hidden, targets = chunk
-        logits = _apply_head(head_fn, head_params, hidden).astype(_stat_dtype(hidden)) / spec.temperature
+        logits = _apply_head(head_fn, head_params, hidden).astype(stat_dtype(hidden)) / spec.temperature
         exp, total, logsumexp = _exponentials(logits)
         targets = jnp.clip(targets, 0, logits.shape[-1] - 1)
-        target_logit = jnp.where(_is_target(targets, logits), logits, 0).sum(-1)
+        target_logit = jnp.where(is_target(targets, logits), logits, 0).sum(-1)
         entropy = None
         if spec.with_entropy:
             # Shifted logits, so that the two terms do not cancel where the logits are large.
@@ -240,8 +249,8 @@ def _token_stats(head_fn, spec, head_params, hidden_BTD, targets_BT) -> TokenSta
             entropy = jnp.log(total) - (exp * shifted).sum(-1) / total
         return None, TokenStats(target_logit - logsumexp, logsumexp, entropy)
 
-    _, stats = lax.scan(body, None, _split((hidden_BTD, targets_BT), spec.chunk_size))
-    return jax.tree.map(lambda x: _join(x, hidden_BTD.shape[1]), stats)
+    _, stats = lax.scan(body, None, split_chunks((hidden_BTD, targets_BT), spec.chunk_size))
+    return jax.tree.map(lambda x: join_chunks(x, hidden_BTD.shape[1]), stats)
 
 
 def _token_stats_fwd(head_fn, spec, head_params, hidden_BTD, targets_BT):
@@ -255,14 +264,14 @@ def _token_stats_bwd(head_fn, spec, residuals, cotangents: TokenStats):
     def body(head_grads, chunk):
         hidden, targets, stats, cotangents = chunk
         dead = functools.reduce(jnp.logical_and, [cotangent == 0 for cotangent in jax.tree.leaves(cotangents)])
-        logits, vjp_fn = jax.vjp(functools.partial(_apply_head, head_fn), head_params, _zero_where(dead, hidden))
+        logits, vjp_fn = jax.vjp(functools.partial(_apply_head, head_fn), head_params, zero_where(dead, hidden))
         grad_logits = _stats_grad(logits, targets, stats, cotangents, spec.temperature)
-        more, hidden_grad = vjp_fn(_zero_where(dead, grad_logits).astype(logits.dtype))
-        return _accumulate(head_grads, more), _zero_where(dead, hidden_grad)
+        more, hidden_grad = vjp_fn(zero_where(dead, grad_logits).astype(logits.dtype))
+        return accumulate(head_grads, more), zero_where(dead, hidden_grad)
 
-    chunks = _split((hidden_BTD, targets_BT, stats, cotangents), spec.chunk_size)
-    head_grads, hidden_grad = lax.scan(body, _accumulators(head_params), chunks)
-    return _cast_like(head_grads, head_params), _join(hidden_grad, hidden_BTD.shape[1]), None
+    chunks = split_chunks((hidden_BTD, targets_BT, stats, cotangents), spec.chunk_size)
+    head_grads, hidden_grad = lax.scan(body, accumulators(head_params), chunks)
+    return cast_like(head_grads, head_params), join_chunks(hidden_grad, hidden_BTD.shape[1]), None
 
 
 _token_stats.defvjp(_token_stats_fwd, _token_stats_bwd)
@@ -279,23 +288,8 @@ def _stats_grad(logits_BCV, targets_BC, stats: TokenStats, cotangents: TokenStat
         surprise = logprobs + stats.entropy_BT[..., None]
         softmax_cotangent = softmax_cotangent - cotangents.entropy_BT[..., None] * surprise
     targets_BC = jnp.clip(targets_BC, 0, logits_BCV.shape[-1] - 1)
-    onehot_term = jnp.where(_is_target(targets_BC, logits_BCV), cotangents.logprob_BT[..., None], 0)
+    onehot_term = jnp.where(is_target(targets_BC, logits_BCV), cotangents.logprob_BT[..., None], 0)
     return (jnp.exp(logprobs) * softmax_cotangent + onehot_term) / temperature
-
-
-# --- shared pieces ---
-
-
-def _checked(chunk_size: int) -> int:
-    if chunk_size < 1:
-        raise ValueError(
-            f"loss_chunk_size: {chunk_size}: a chunk holds at least one token; set it >= 1, or leave it unset"
-        )
-    return int(chunk_size)
-
-
-def _stat_dtype(hidden) -> jnp.dtype:
-    return jnp.promote_types(jnp.float32, hidden.dtype)
 
 
 def _apply_head(head_fn, head_params, hidden_BCD):
@@ -309,57 +303,3 @@ def _exponentials(logits_BCV):
     exp = jnp.exp(logits_BCV - peak)
     total = exp.sum(-1)
     return exp, total, jnp.log(total) + peak[..., 0]
-
-
-def _is_target(targets_BC, logits_BCV):
-    # A comparison fuses into its consumer and works on a vocabulary that is sharded; a gather or scatter does not.
-    return lax.broadcasted_iota(targets_BC.dtype, logits_BCV.shape, logits_BCV.ndim - 1) == targets_BC[..., None]
-
-
-def _zero_where(dead_BC, values):
-    return jnp.where(dead_BC[..., None], 0, values)
-
-
-def _accumulators(head_params):
-    def zeros(leaf):
-        shape = leaf.shape if jnp.issubdtype(leaf.dtype, jnp.inexact) else ()
-        return jnp.zeros(shape, jnp.promote_types(jnp.float32, leaf.dtype))
-
-    return jax.tree.map(zeros, head_params)
-
-
-def _accumulate(sums, grads):
-    return jax.tree.map(lambda s, g: s if g.dtype == jax.dtypes.float0 else s + g.astype(s.dtype), sums, grads)
-
-
-def _cast_like(grads, params):
-    # None is the cotangent of an integer leaf.
-    return jax.tree.map(lambda g, p: g.astype(p.dtype) if jnp.issubdtype(p.dtype, jnp.inexact) else None, grads, params)
-
-
-def _num_chunks(batch: int, length: int, chunk_size: int) -> int:
-    """The fewest chunks within `chunk_size`, or up to twice as many where those divide the length evenly."""
-    fewest = math.ceil(length / max(1, chunk_size // batch))
-    divisors = [n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0]
-    return divisors[0] if divisors else math.ceil(length / math.ceil(length / fewest))
-
-
-def _split(tree, chunk_size: int):
-    """Splits [B, T, ...] into strided chunks [n, B, C, ...], padding T with zeros, which as weights mean no token."""
-
-    def split(x):
-        batch, length = x.shape[:2]
-        num_chunks = _num_chunks(batch, length, chunk_size)
-        columns = math.ceil(length / num_chunks)
-        pad = num_chunks * columns - length
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-        return jnp.moveaxis(x.reshape(batch, columns, num_chunks, *x.shape[2:]), 2, 0)
-
-    return jax.tree.map(split, tree)
-
-
-def _join(chunks, length: int):
-    """Undoes `_split` for one array, dropping the padding."""
-    num_chunks, batch, columns = chunks.shape[:3]
-    whole = jnp.moveaxis(chunks, 0, 2).reshape(batch, columns * num_chunks, *chunks.shape[3:])
-    return whole[:, :length]

@@ -27,18 +27,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from models.ops.vocab import (
-    HeadFn,
-    _accumulate,
-    _accumulators,
-    _cast_like,
-    _checked,
-    _is_target,
-    _join,
-    _split,
-    _stat_dtype,
-    _zero_where,
+from models.ops.chunks import (
+    accumulate,
+    accumulators,
+    cast_like,
+    checked_chunk_size,
+    is_target,
+    join_chunks,
+    split_chunks,
+    stat_dtype,
+    zero_where,
 )
+from models.ops.vocab import HeadFn
 from posttrain.losses.base import LossOutput, Mean
 from recipes.complaints import nearest
 
@@ -122,8 +122,8 @@ def distillation_loss(
     """
     check_distillation_settings(divergence=divergence, temperature=temperature, alpha=alpha)
     assert (teacher_head_fn is None) == isinstance(teacher, TeacherTopK)
-    spec = _Spec(teacher_head_fn, divergence, float(temperature), float(alpha), _checked(chunk_size))
-    weights = lax.stop_gradient(mask_RT.astype(_stat_dtype(hidden_RTD)))
+    spec = _Spec(teacher_head_fn, divergence, float(temperature), float(alpha), checked_chunk_size(chunk_size))
+    weights = lax.stop_gradient(mask_RT.astype(stat_dtype(hidden_RTD)))
     known: Any = teacher
     teacher_params = None
     if isinstance(teacher, TeacherHidden):
@@ -163,7 +163,7 @@ def teacher_top_k(
     check_distillation_settings(divergence="forward_kl", temperature=temperature, alpha=1.0)
 
     def body(_, chunk):
-        logits = _settled(head_fn(head_params, chunk)).astype(_stat_dtype(chunk))
+        logits = _settled(head_fn(head_params, chunk)).astype(stat_dtype(chunk))
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(
                 f"distill.top_k={k}: the vocabulary has {logits.shape[-1]} tokens; set it to 1 or more of them"
@@ -172,8 +172,8 @@ def teacher_top_k(
         kept, indices = lax.top_k(logprobs, k)
         return None, TeacherTopK(indices, kept, _tail(logprobs, indices))
 
-    _, chunks = lax.scan(body, None, _split(hidden_RTD, _checked(chunk_size)))
-    return lax.stop_gradient(jax.tree.map(lambda x: _join(x, hidden_RTD.shape[1]), chunks))
+    _, chunks = lax.scan(body, None, split_chunks(hidden_RTD, checked_chunk_size(chunk_size)))
+    return lax.stop_gradient(jax.tree.map(lambda x: join_chunks(x, hidden_RTD.shape[1]), chunks))
 
 
 def check_distillation_settings(*, divergence: str, temperature: float, alpha: float) -> None:
@@ -201,11 +201,11 @@ def check_distillation_settings(*, divergence: str, temperature: float, alpha: f
 def _distill(head_fn, spec, head_params, hidden, known, teacher_params, labels, weights) -> _Sums:
     def body(sums, chunk):
         hidden, known, labels, weights = chunk
-        logits = head_fn(head_params, _zero_where(weights == 0, hidden))
+        logits = head_fn(head_params, zero_where(weights == 0, hidden))
         more, _ = _chunk(spec, logits, known, teacher_params, labels, weights)
         return jax.tree.map(jnp.add, sums, more), None
 
-    chunks = _split((hidden, known, labels, weights), spec.chunk_size)
+    chunks = split_chunks((hidden, known, labels, weights), spec.chunk_size)
     return lax.scan(body, _no_sums(weights), chunks)[0]
 
 
@@ -213,21 +213,21 @@ def _distill_fwd(head_fn, spec, head_params, hidden, known, teacher_params, labe
     def body(carry, chunk):
         hidden, known, labels, weights = chunk
         dead = weights == 0
-        logits, vjp_fn = jax.vjp(head_fn, head_params, _zero_where(dead, hidden))
+        logits, vjp_fn = jax.vjp(head_fn, head_params, zero_where(dead, hidden))
         more, grad_logits = _chunk(spec, logits, known, teacher_params, labels, weights)
         head_grads, hidden_grad = vjp_fn(grad_logits.astype(logits.dtype))
-        carry = (jax.tree.map(jnp.add, carry[0], more), _accumulate(carry[1], head_grads))
-        return carry, _zero_where(dead, hidden_grad)
+        carry = (jax.tree.map(jnp.add, carry[0], more), accumulate(carry[1], head_grads))
+        return carry, zero_where(dead, hidden_grad)
 
-    chunks = _split((hidden, known, labels, weights), spec.chunk_size)
-    (sums, head_grads), hidden_grad = lax.scan(body, (_no_sums(weights), _accumulators(head_params)), chunks)
-    return sums, (head_params, head_grads, _join(hidden_grad, hidden.shape[1]))
+    chunks = split_chunks((hidden, known, labels, weights), spec.chunk_size)
+    (sums, head_grads), hidden_grad = lax.scan(body, (_no_sums(weights), accumulators(head_params)), chunks)
+    return sums, (head_params, head_grads, join_chunks(hidden_grad, hidden.shape[1]))
 
 
 def _distill_bwd(head_fn, spec, residuals, cotangents: _Sums):
     head_params, head_grads, hidden_grad = residuals
     scale = cotangents.loss
-    head_grads = _cast_like(jax.tree.map(lambda grad: grad * scale, head_grads), head_params)
+    head_grads = cast_like(jax.tree.map(lambda grad: grad * scale, head_grads), head_params)
     return head_grads, (hidden_grad * scale).astype(hidden_grad.dtype), None, None, None, None
 
 
@@ -254,7 +254,7 @@ def _chunk(spec, logits, known, teacher_params, labels, weights):
         teacher = _log_softmax(teacher_logits / spec.temperature)
     kl, kl_slope = _divergence(spec.divergence, student, teacher)
     logprobs = student if spec.temperature == 1.0 else _log_softmax(logits)
-    is_label = _is_target(labels, logits)
+    is_label = is_target(labels, logits)
     known_label = (labels >= 0) & (labels < logits.shape[-1])
     hard = jnp.where(known_label, -jnp.where(is_label, logprobs, 0).sum(-1), jnp.nan)
     soft = spec.temperature**2 * kl
@@ -267,7 +267,7 @@ def _chunk(spec, logits, known, teacher_params, labels, weights):
         loss, slope = loss + (1 - spec.alpha) * hard, slope + (1 - spec.alpha) * (jnp.exp(logprobs) - is_label)
     dead = weights == 0
     sums = _Sums(*(jnp.where(dead, 0, values * weights).sum() for values in (loss, soft, hard)))
-    return sums, _zero_where(dead, slope * weights[..., None])
+    return sums, zero_where(dead, slope * weights[..., None])
 
 
 def _divergence(name, student, teacher):

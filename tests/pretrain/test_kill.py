@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pretrain.trainer import Result
-from recipes.rundir import checkpoints_dir
+from recipes.rundir import checkpoints_dir, metrics_path
 from tests.pretrain import runs
 from tests.pretrain.runs import assert_same_bits, losses, saved, train
 
@@ -31,7 +31,7 @@ def straight(folder: Path) -> Result:
 def kill(folder: Path, name: str, rng: np.random.Generator, moment: str) -> bool:
     """Starts or resumes a run and kills it; returns whether a save was under way."""
     root = checkpoints_dir(folder / name)
-    begun = max(losses(folder / name), default=0) if root.is_dir() else 0
+    begun = max(losses(folder / name), default=0) if metrics_path(folder / name).exists() else 0
     child = runs.start(folder, name, f"train.steps={STEPS}", SAVING)
     try:
         if moment == "while it starts":

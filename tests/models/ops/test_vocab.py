@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.ops import vocab
+from models.ops.chunks import join_chunks, split_chunks
 
 B, T, D, V = 2, 16, 8, 33
 CHUNKS = {"one": 32, "two": 16, "four": 8, "eight": 4, "ragged": 10}
@@ -325,9 +326,9 @@ def test_targets_outside_the_vocabulary_are_clamped_in_token_logprobs():
 @given(batch=st.integers(1, 5), length=st.integers(1, 40), chunk_size=st.integers(1, 60))
 def test_chunks_cover_every_token_once_and_respect_their_size(batch, length, chunk_size):
     tokens = np.arange(1, batch * length + 1).reshape(batch, length)
-    chunks = vocab._split(jnp.asarray(tokens), chunk_size)
+    chunks = split_chunks(jnp.asarray(tokens), chunk_size)
     assert chunks[0].size <= max(chunk_size, batch)
-    np.testing.assert_array_equal(vocab._join(chunks, length), tokens)
+    np.testing.assert_array_equal(join_chunks(chunks, length), tokens)
     assert np.count_nonzero(chunks) == tokens.size
 
 
