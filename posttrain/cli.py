@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain.verbs import adapters as adapters_verb
 from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
 from posttrain.verbs import generate as generate_verb
@@ -200,6 +201,7 @@ def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any
     print(f"{result.run_dir}: {result.completed_steps} steps completed{loss}")
 
 
+adapters_verb.register(app)
 checkpoints_verbs.register(app)
 convert_verb.register(app)
 generate_verb.register(app)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from models.config import TransformerConfig
+from models.lora import adapted_layer_specs, is_adapter
 from models.parameters import flatten, param_specs
 from recipes.rundir import write_atomically
+from recipes.sections.alignment import LoraSection
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,16 @@ def matmul_parameters(config: TransformerConfig) -> int:
     return total
 
 
-def train_flops_per_token(config: TransformerConfig) -> int:
-    """6 N floating-point operations a token, forward and backward (Kaplan et al. 2020); attention is not counted."""
-    return 6 * matmul_parameters(config)
+def train_flops_per_token(config: TransformerConfig, adapters: LoraSection | None = None) -> int:
+    """6 N floating-point operations a token, forward and backward (Kaplan et al. 2020); attention is not counted.
+
+    Under adapters 4 N, since the base has no weight gradients, and 6 for each of the adapters' parameters.
+    """
+    if adapters is None:
+        return 6 * matmul_parameters(config)
+    layer = flatten(adapted_layer_specs(config, adapters))
+    trained = config.num_layers * sum(math.prod(spec.shape) for path, spec in layer if is_adapter(path))
+    return 4 * matmul_parameters(config) + 6 * trained
 
 
 def measure_peak_flops(device: jax.Device, dtype: str, *, size: int, repeats: int) -> float:

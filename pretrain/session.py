@@ -312,7 +312,7 @@ def run_session(
 
 def _timer(recipe: TrainingRecipe, setup: ModelSetup) -> StepTimer:
     peak = peak_flops(jax.local_devices()[0], recipe.model.compute_dtype, recipe.logging.peak_flops, peak_cache_path())
-    return StepTimer(train_flops_per_token(setup.config), peak * setup.mesh.size)
+    return StepTimer(train_flops_per_token(setup.config, setup.model.adapters), peak * setup.mesh.size)
 
 
 def reaches(target: float) -> Callable[[dict[str, float]], bool]:

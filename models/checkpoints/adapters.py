@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models.checkpoints import store
-from models.checkpoints.layouts import Framework, optimizer_to_dict, to_disk
-from models.checkpoints.run_info import RunInfo
+from models.checkpoints import manager, store
+from models.checkpoints.layouts import Framework, from_disk, optimizer_to_dict, to_disk
+from models.checkpoints.run_info import RUN_INFO_NAME, RunInfo, read_run_info
 from models.checksum import checksum
+from models.config import TransformerConfig, build_config
 from models.functional import Params
-from models.lora import split
+from models.lora import Layout, adapted_param_specs, is_adapter, split
+from models.parameters import flatten
 from recipes.schema import ModelSection
 from recipes.sections.alignment import LoraSection
 
@@ -27,18 +29,20 @@ class BaseInfo:
     source: Literal["huggingface", "checkpoint", "random"]
     path: str | None
     """As the recipe named it; None for random weights, which follow from the run's seed."""
+    dtype: str
+    """Of its parameters, before any of them was quantised."""
     checksum: str
     """Of the base's arrays as they rest, quantised or not: 8 hexadecimal digits."""
 
 
 def base_info(section: ModelSection, params: Params) -> BaseInfo:
     """What is to be said of the base of `params`, which `section` named."""
-    digits = f"{checksum(split(params)[0]):08x}"
+    known = {"dtype": section.param_dtype, "checksum": f"{checksum(split(params)[0]):08x}"}
     if section.load_parameters_path is not None:
-        return BaseInfo("checkpoint", section.load_parameters_path, digits)
+        return BaseInfo("checkpoint", section.load_parameters_path, **known)
     if section.hf_path is not None:
-        return BaseInfo("huggingface", section.hf_path, digits)
-    return BaseInfo("random", None, digits)
+        return BaseInfo("huggingface", section.hf_path, **known)
+    return BaseInfo("random", None, **known)
 
 
 def adapter_extra(adapters: LoraSection | None, base: BaseInfo | None) -> dict[str, Any]:
@@ -49,6 +53,50 @@ def adapter_extra(adapters: LoraSection | None, base: BaseInfo | None) -> dict[s
     if base is not None:
         extra["base"] = asdict(base)
     return extra
+
+
+@dataclass(frozen=True)
+class AdapterCheckpoint:
+    """A step of a run that trained adapters, on the host."""
+
+    config: TransformerConfig
+    info: RunInfo
+    adapters: LoraSection
+    base: BaseInfo
+    pairs: Params
+    """NumPy arrays in Linen's naming."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the layers of `pairs` stand."""
+        return Layout(self.config.num_layers, self.info.scan_layers, self.info.param_scan_axis)
+
+
+def read_adapters(step_dir: Path) -> AdapterCheckpoint:
+    """Reads a step's adapters, every file of it verified first; neither moments nor the base.
+
+    Raises:
+        ValueError: the step is damaged, is no step of adapters, or holds others than its `run.json` describes.
+    """
+    problems = manager.step_problems(step_dir, "full")
+    if problems:
+        raise ValueError(f"{step_dir}: is damaged and was not read; use another step:\n  " + "\n  ".join(problems))
+    info = read_run_info(step_dir)
+    if "lora" not in info.extra:
+        raise ValueError(f"{step_dir}: holds a whole model and no adapters; use `posttrain convert` to export it")
+    config = build_config(info.model, where=str(step_dir / RUN_INFO_NAME))
+    adapters = LoraSection.model_validate(info.extra["lora"])
+    root = "model" if info.framework == "nnx" else "params"
+    pairs = from_disk(store.read_host(step_dir / manager.ITEMS_NAME, only=[root]))[0]
+    specs = adapted_param_specs(config, adapters, scan_layers=info.scan_layers, param_scan_axis=info.param_scan_axis)
+    wanted = {path: spec.shape for path, spec in flatten(specs) if is_adapter(path)}
+    found = {path: leaf.shape for path, leaf in flatten(pairs)}
+    if found != wanted:
+        names = sorted("/".join(path) for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+        raise ValueError(
+            f"{step_dir}: adapters: {', '.join(names)} are not as {RUN_INFO_NAME} describes them; use another step"
+        )
+    return AdapterCheckpoint(config, info, adapters, BaseInfo(**info.extra["base"]), pairs)
 
 
 def require_base(base: Params, info: RunInfo, step_dir: Path) -> None:

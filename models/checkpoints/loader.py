@@ -83,6 +83,11 @@ def load_params(path: str | Path, model: FunctionalModel, placement: Placement, 
     if problems:
         raise ValueError(f"{step_dir}: is damaged and was not loaded; use another step:\n  " + "\n  ".join(problems))
     info = read_run_info(step_dir)
+    if "lora" in info.extra:
+        raise ValueError(
+            f"{step_dir}: holds adapters without their base: a model starts from whole weights; merge the two with "
+            "`posttrain merge`, and name the result as model.hf_path"
+        )
     require_same_architecture(info, model.config, step_dir)
     params = relayout(_read_params(step_dir, info, model, placement), info, model, placement)
     logger.info("Loaded params from %s", path)

@@ -1,5 +1,7 @@
 """Self-attention."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -32,17 +34,10 @@ class Attention(nnx.Module):
     ) -> None:
         self.config, self.options, self.static_window = config, options, static_window
         specs = adapted_specs(attention_specs(config), adapters, "self_attention")
+        make = partial(Projection, quantization=options.quantization, options=options, adapters=adapters, rngs=rngs)
 
         def projection(name: str, num_contract: int) -> Projection:
-            return Projection(
-                specs[name],
-                name=name,
-                num_contract=num_contract,
-                quantization=options.quantization,
-                options=options,
-                adapters=adapters,
-                rngs=rngs,
-            )
+            return make(specs[name], name=name, num_contract=num_contract)
 
         if config.fused_qkv:
             self.qkv_proj = projection("qkv_proj", 1)
