@@ -78,6 +78,6 @@ def _read(path: Path, identity: str) -> np.ndarray | None:
             if str(stored["identity"]) == identity:
                 return stored["table"]
         logger.warning("%s: was made by another reference or from other data; computed anew", path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         logger.warning("%s: cannot be read (%s); computed anew", path, error)
     return None

@@ -1,0 +1,99 @@
+"""A post-training run that stopped and went on is the run that never stopped, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from models.checkpoints.manager import list_steps
+from models.parameters import flatten
+from posttrain.bundle import FrozenRole
+from posttrain.trainers import distill, dpo
+from recipes.rundir import checkpoint_dir, checkpoints_dir
+from tests.posttrain.trainers.runs import train
+from tests.pretrain.runs import assert_same_bits, losses, saved
+
+# Dropout, so that keys count; 60 records are 15 batches of pairs and some 8 of packed rows: no run begins them anew.
+DROPOUT = "model.dropout_rate=0.1"
+CASES = {
+    "sft": ("sft", DROPOUT),
+    "dpo": ("dpo", DROPOUT),
+    "dpo, cached reference": ("dpo", DROPOUT, "dpo.reference=cached"),
+    "distill": ("distill", DROPOUT, "distill.transfer=top_k", "distill.top_k=8", "train.gradient_accumulation_steps=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def assert_same_run(resumed: Any, straight: Any, *steps: int) -> None:
+    assert losses(resumed.run_dir) == losses(straight.run_dir)
+    assert_same_bits(resumed.state, straight.state)
+    for step in steps:
+        assert_same_bits(saved(resumed.run_dir, step), saved(straight.run_dir, step))
+        one, other = (
+            json.loads((checkpoint_dir(run.run_dir, step) / "run.json").read_text()) for run in (resumed, straight)
+        )
+        assert one["data_state"] == other["data_state"] and one["rng"] == other["rng"] == {"seed": 3, "step": step}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_and_three_resumed_ones_are_six(folder: Path, case: str) -> None:
+    kind, *overrides = CASES[case]
+    straight = train(kind, folder, f"{case} straight", "checkpoint.interval=3", *overrides)
+    train(kind, folder, f"{case} resumed", "train.steps=3", *overrides)
+    resumed = train(kind, folder, f"{case} resumed", "checkpoint.interval=3", "run.resume=must", *overrides)
+    assert len(set(losses(straight.run_dir).values())) == 6
+    assert_same_run(resumed, straight, 3, 6)
+
+
+def test_the_oracle_of_resumption_sees_a_lost_data_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("sft", folder, "forgetful", "train.steps=1")
+    straight = train("sft", folder, "mindful", "train.steps=2")
+    monkeypatch.setattr("pretrain.data.iterators.RowIterator.set_state", lambda self, state: None)
+    forgetful = train("sft", folder, "forgetful", "train.steps=2")
+    assert losses(forgetful.run_dir)[2] != losses(straight.run_dir)[2]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "distill"])
+def test_a_frozen_model_that_is_written_to_is_an_error_at_the_save_and_nothing_is_saved(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = {"dpo": dpo, "distill": distill}[kind]
+    trainer = {"dpo": dpo.PreferenceTrainer, "distill": distill.Distiller}[kind]
+    roles: list[FrozenRole] = []
+    freeze, prepare, calls = module.freeze, trainer._prepare_inputs, []
+
+    def watched(*args: Any) -> FrozenRole:
+        roles.append(freeze(*args))
+        return roles[-1]
+
+    def writes(self: Any, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 4:
+            # The least there is: the last bit of one number.
+            path, leaf = next(iter(flatten(roles[0].params)))
+            flat = leaf.reshape(-1)
+            changed = flat.at[5].set(jnp.nextafter(flat[5], jnp.inf)).reshape(leaf.shape)
+            _put(roles[0].params, path, changed)
+        return prepare(self, batch)
+
+    monkeypatch.setattr(module, "freeze", watched)
+    monkeypatch.setattr(trainer, "_prepare_inputs", writes)
+    name = f"{kind} written to"
+    with pytest.raises(RuntimeError, match=r"(reference|teacher): its parameters changed in training .* nothing was s"):
+        train(kind, folder, name, "checkpoint.interval=3")
+    # What was saved before the write is whole; the save after it did not begin.
+    assert len(calls) == 6 and list_steps(checkpoints_dir(folder / name)) == [3]
+    assert [path.name for path in checkpoints_dir(folder / name).iterdir() if path.name.startswith(".tmp")] == []
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    for name in path[:-1]:
+        tree = tree[name]
+    tree[path[-1]] = leaf
