@@ -21,6 +21,7 @@ from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
 from posttrain.verbs import generate as generate_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
+from posttrain.verbs import report as report_verb
 from posttrain.verbs import stories as stories_verb
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
 
@@ -206,6 +207,7 @@ checkpoints_verbs.register(app)
 convert_verb.register(app)
 generate_verb.register(app)
 inspect_data_verb.register(app)
+report_verb.register(app)
 stories_verb.register(app)
 
 

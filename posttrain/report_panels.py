@@ -1,0 +1,145 @@
+"""What a run's metrics are called, and how they are grouped into panels: one table for the report and for W&B.
+
+A panel names metrics by pattern, where `*` stands for any text. A metric that no panel names is still in the report's
+table of all metrics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from recipes.metrics import ROW_FIELDS
+
+STEP_SECONDS = "perf/step_seconds"
+INTERVAL = ("_low", "_high")
+"""What a metric's name is followed by in the names of its 95 % interval's bounds."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot."""
+
+    section: str
+    name: str
+    """Of its file, and of its anchor in the page."""
+    title: str
+    metrics: tuple[str, ...]
+    """Patterns; earlier ones are drawn first."""
+    unit: str = ""
+    without: tuple[str, ...] = ()
+    """Patterns of metrics that are left out."""
+    band: tuple[str, str] | None = None
+    """Metrics that bound a band around the first one."""
+    log: bool = False
+    """Whether values spread over decades, so that a logarithmic axis may show them."""
+    stacked: bool = False
+    """Whether the metrics are parts of a whole."""
+
+    def select(self, names: Iterable[str]) -> list[str]:
+        """The names that this panel shows, in the patterns' order."""
+        present = set(names)
+        bounds = {f"{name}{end}" for name in present for end in INTERVAL}
+        shown: dict[str, None] = {}
+        for pattern in self.metrics:
+            for name in sorted(present - bounds):
+                if fnmatchcase(name, pattern) and not any(fnmatchcase(name, other) for other in self.without):
+                    shown[name] = None
+        return list(shown)
+
+    def regex(self) -> str:
+        """A regular expression (RE2) that matches the same names from end to end."""
+        wanted = "|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in self.metrics)
+        return f"^(?:{wanted})$"
+
+
+SECTIONS = {
+    "evaluation": "Evaluation",
+    "rewards": "Rewards",
+    "learning": "Learning",
+    "policy": "Policy",
+    "completions": "Completions",
+    "sampler": "Sampler against trainer",
+    "preference": "Preferences",
+    "distillation": "Distillation",
+    "perf": "Speed",
+}
+"""Titles of the sections, in the page's order."""
+
+PANELS = (
+    Panel("evaluation", "solved", "Held-out problems solved", ("evaluation/greedy", "evaluation/*@*"), "share"),
+    Panel("evaluation", "evaluation-loss", "Held-out loss", ("evaluation/loss",), "nats a token"),
+    Panel("evaluation", "bits-per-byte", "Held-out bits per byte", ("evaluation/bits_per_byte",), "bits"),
+    Panel("rewards", "reward", "Reward, mean of a step", ("rewards/total/mean",)),
+    Panel("rewards", "reward-parts", "Parts of the reward", ("rewards/*/mean",), without=("rewards/total/*",)),
+    Panel("rewards", "reward-spread", "Standard deviation of the reward", ("rewards/total/std",)),
+    Panel("rewards", "signal", "Groups whose rewards do not differ", ("groups/without_signal",), "share"),
+    Panel(
+        "rewards",
+        "failures",
+        "Rewards that failed, completions dropped, groups replaced",
+        ("rewards/*/failures", "rewards/dropped", "groups/resampled"),
+        "count",
+    ),
+    Panel("learning", "loss", "Loss", ("learning/loss", "evaluation/loss")),
+    Panel("learning", "grad-norm", "Gradient norm before clipping", ("learning/raw_grad_norm",), log=True),
+    Panel("learning", "learning-rate", "Learning rate", ("learning/lr",)),
+    Panel("learning", "weights", "What a step's loss is divided by", ("learning/total_weights",), "tokens, or items"),
+    Panel("policy", "kl", "KL divergence from the reference", ("policy/kl",), "nats a token"),
+    Panel("policy", "entropy", "Entropy", ("policy/entropy",), "nats a token"),
+    Panel("policy", "clip-fraction", "Clipped", ("policy/clip_fraction*",), "share"),
+    Panel("policy", "ratio", "Importance ratio of the update", ("policy/ratio",)),
+    Panel(
+        "completions",
+        "length",
+        "Length of completions: mean, shortest, longest",
+        ("completions/mean_length",),
+        "tokens",
+        band=("completions/min_length", "completions/max_length"),
+    ),
+    Panel("completions", "truncated", "Completions cut off at the limit", ("completions/truncated",), "share"),
+    Panel(
+        "sampler",
+        "mismatch",
+        "Sampler and trainer: difference of log-probabilities",
+        ("sampler/mismatch_kl", "sampler/logp_diff_abs"),
+        "nats a token",
+        log=True,
+    ),
+    Panel("sampler", "importance-weight", "Weight that corrects the sampler", ("sampler/importance_weight",)),
+    Panel("preference", "accuracy", "Pairs in which the chosen answer wins", ("dpo/accuracy",), "share"),
+    Panel("preference", "margin", "Margin", ("dpo/margin", "dpo/chosen_reward", "dpo/rejected_reward")),
+    Panel("preference", "logps", "Log-probability of the answers", ("dpo/chosen_logp", "dpo/rejected_logp"), "nats"),
+    Panel("distillation", "distill", "Losses against teacher and data", ("distill/*_loss",)),
+    Panel(
+        "perf",
+        "throughput",
+        "Throughput",
+        ("perf/tokens_per_second", "sampler/tokens_per_second"),
+        "tokens/s",
+        log=True,
+    ),
+    Panel("perf", "step-seconds", "Duration of a step", (STEP_SECONDS,), "seconds"),
+    Panel("perf", "split", "Where a step's time goes", ("perf/*_seconds",), "seconds", (STEP_SECONDS,), stacked=True),
+    Panel("perf", "mfu", "Model FLOPs utilisation", ("perf/mfu",), "share of peak"),
+)
+
+
+def label(metric: str) -> str:
+    """A metric's name in a legend: without its group, and of a reward its own name."""
+    group, _, rest = metric.partition("/")
+    if not rest:
+        return metric
+    if group == "rewards" and "/" in rest:
+        return rest.removesuffix("/mean").replace("/failures", " failed")
+    return rest.removesuffix("_seconds").replace("_", " ") if group == "perf" else rest.replace("_", " ")
+
+
+def metric_names(rows: Iterable[dict]) -> list[str]:
+    """The metrics that rows hold, in the order of their first appearance."""
+    found: dict[str, None] = {}
+    for row in rows:
+        found |= dict.fromkeys(name for name in row if name not in ROW_FIELDS)
+    return list(found)
