@@ -1,7 +1,6 @@
 """A post-training run that stopped and went on is the run that never stopped, bit for bit."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
