@@ -197,6 +197,7 @@ class DistillRecipe(RowsRecipe):
     data: PosttrainDataSection
     teacher: TeacherSection
     distill: DistillSection = DistillSection()
+    sampler: SamplerSection = SamplerSection()
 
     def cross_problems(self) -> Iterator[Problem]:
         """Yields the rules of distillation that need several sections; keys are dotted."""
@@ -211,6 +212,18 @@ class DistillRecipe(RowsRecipe):
             value, default = getattr(self.teacher, key), TeacherSection.model_fields[key].default
             if value != default:
                 yield Problem(f"teacher.{key}", value, "a frozen teacher is not trained", f"remove teacher.{key}")
+        on_policy = self.distill.mode == "on_policy"
+        if on_policy and self.data.packing:
+            yield Problem(
+                "data.packing",
+                True,
+                "distill.mode=on_policy takes one prompt from each row, and the student answers it",
+                "set data.packing=false",
+            )
+        if not on_policy and self.sampler != SamplerSection():
+            yield Problem(
+                "distill.mode", "offline", "nothing is sampled, so the sampler section has no effect", "remove it"
+            )
         if self.optimizer.name == "muon":
             yield Problem(
                 "optimizer.name",

@@ -21,9 +21,12 @@ from models.checkpoints.hf_config import resolve_config
 from models.checkpoints.loader import Placement
 from models.functional import FunctionalModel, Params
 from models.sharding import activation_mesh
+from models.tokenizer import load_tokenizer
 from posttrain.bundle import FrozenRole, ModelBundle, freeze
 from posttrain.losses.distillation import TeacherHidden, TeacherTopK, distillation_loss, teacher_top_k
 from posttrain.losses.features import feature_loss
+from posttrain.samplers.choose import make_sampler
+from posttrain.trainers.on_policy import StudentRows, require_one_process
 from posttrain.trainers.sft import prepare_rows
 from posttrain.trainers.tunix_loop import NO_OPTIMIZER, attach, drive_with, driven_config, session_step
 from pretrain.data.batch import TokenBatch
@@ -38,7 +41,7 @@ from pretrain.step import Metrics, make_train_step
 from pretrain.sums import LossOutput, Mean
 from pretrain.trainer import token_work
 from recipes.load import LoadedRecipe
-from recipes.rundir import create_run
+from recipes.rundir import Run, create_run
 from recipes.schema import DistillRecipe, DistillSection
 
 logger = logging.getLogger(__name__)
@@ -119,9 +122,35 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
                 logger.info(bundle.memory_table(recipe.optimizer))
                 work = distill_work(recipe, setup, bundle)
                 strategy = TeacherStrategy(make_teach(recipe.distill, teacher, setup.chunk_size))
-                return run_session(
-                    recipe, setup, work, attempt, loop=lambda session: drive_with(Distiller(bundle, session, strategy))
-                )
+                if recipe.distill.mode == "offline":
+                    return run_session(
+                        recipe,
+                        setup,
+                        work,
+                        attempt,
+                        loop=lambda session: drive_with(Distiller(bundle, session, strategy)),
+                    )
+                return run_on_policy(recipe, setup, work, attempt, bundle, strategy)
+
+
+def run_on_policy(
+    recipe: DistillRecipe, setup: Setup, work: Work, attempt: Run, bundle: ModelBundle, strategy: TeacherStrategy
+) -> Result:
+    """As offline, but the student writes the answers."""
+    require_one_process()
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    length = recipe.data.sequence_length + 1
+    sampler = make_sampler(recipe.sampler, setup.model, tokenizer, folder=attempt.dir / "sampler", max_length=length)
+    rows = StudentRows(recipe, setup, tokenizer, sampler)
+
+    def loop(session: TrainingSession) -> None:
+        rows.attend(session)
+        drive_with(Distiller(bundle, session, strategy))
+
+    try:
+        return run_session(recipe, setup, replace(work, next_batch=rows.next_batch), attempt, loop=loop)
+    finally:
+        sampler.close()
 
 
 def load_teacher(recipe: DistillRecipe, setup: Setup) -> FrozenRole:

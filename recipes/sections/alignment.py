@@ -69,6 +69,10 @@ class DPOSection(Section):
 class DistillSection(Section):
     """What the student learns from its teacher (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
 
+    mode: Literal["offline", "on_policy"] = "offline"
+    """offline reads answers from the data; on_policy lets the student write them, and the teacher score them."""
+    max_completion_length: Annotated[int, Field(ge=1), OnlyWhen("mode", "on_policy")] = 128
+    """Tokens that the student writes, at most."""
     divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
     """KL(teacher || student), or the reverse."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
