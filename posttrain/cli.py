@@ -19,6 +19,7 @@ import typer
 from posttrain.verbs import adapters as adapters_verb
 from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
+from posttrain.verbs import evaluate as evaluate_verb
 from posttrain.verbs import generate as generate_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
 from posttrain.verbs import report as report_verb
@@ -222,6 +223,9 @@ def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return loaded
+
+
+app.command(name="eval")(evaluate_verb.make_eval(open_recipe))
 
 
 def check_model(loaded: LoadedRecipe) -> None:

@@ -1,0 +1,40 @@
+"""`posttrain eval`: how many held-out problems a policy solves, without training it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from recipes.load import LoadedRecipe
+
+
+def make_eval(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecipe]) -> Callable[..., None]:
+    """The verb, given what opens a recipe."""
+
+    def evaluate(
+        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe of kind grpo.", show_default=False)],
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="KEY=VALUE", help="Such as model.load_parameters_path=RUN.", show_default=False),
+        ] = None,
+    ) -> None:
+        """Solve a grpo recipe's held-out problems with its model: greedy, avg@k, pass@k, maj@k with intervals.
+
+        The table is printed; JSON and one line a problem go into the run's folder.
+        """
+        loaded = open_recipe(recipe, overrides)
+        if loaded.recipe.kind != "grpo":
+            raise ValueError(
+                f"{loaded.source}: kind={loaded.recipe.kind}: recipes of kind grpo hold out problems; name one"
+            )
+        from posttrain.evaluate_run import run
+        from posttrain.process import start_process
+
+        start_process()
+        folder, report = run(loaded, sys.argv)
+        print(f"{folder}:\n{report.table()}")
+
+    return evaluate
