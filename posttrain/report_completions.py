@@ -71,10 +71,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=list(COLUMNS)).to_pylist()
+        table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: cannot be read ({reason}): a ledger file is written whole; remove it") from None
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path}: has no column {missing[0]}, so it is no ledger of completions; remove it")
+    return table.select(COLUMNS).to_pylist()
 
 
 def chosen_groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -242,7 +246,7 @@ def _completion_html(row: dict[str, Any], decode: Decode | None, scale: float) -
     ]
     parts.append((f"advantage {_number(row['advantage']):+.2f}", "good" if _number(row["advantage"]) > 0 else ""))
     parts.append((f"{len(row['completion_ids'])} tokens", ""))
-    parts.append((row["finish_reason"], "bad" if row["finish_reason"] == "length" else ""))
+    parts.append(("cut off", "bad") if row["finish_reason"] == "length" else ("finished", ""))
     if not row["counted"]:
         parts.append(("left out of the update", "bad"))
     parts += [(f"{name}: {failure}", "bad") for name, failure in row["reward_failures"] or []]

@@ -40,17 +40,16 @@ h2{font-size:1.12rem;margin:2rem 0 .7rem}
 .sub{margin:.25rem 0 .9rem}
 nav{position:sticky;top:0;z-index:2;background:var(--page);border-bottom:1px solid var(--line)}
 nav div{max-width:1500px;margin:0 auto;padding:.5rem clamp(.75rem,2.5vw,2rem);display:flex;gap:1.1rem;overflow-x:auto;
-white-space:nowrap;font-size:.92rem}
+white-space:nowrap;font-size:.92rem;scrollbar-width:none}
 a{color:var(--link);text-decoration:none}
 .runs{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:.2rem 0 .8rem;padding:0;list-style:none;font-size:.9rem}
 .runs li{overflow-wrap:anywhere}
 .dot{display:inline-block;width:.75em;height:.75em;border-radius:50%;margin-right:.4em}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,11.5rem),1fr));gap:.7rem;margin-top:1.1rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,9.8rem),1fr));gap:.6rem;margin-top:1.1rem}
 .card,figure,.group,.table,details{background:var(--box);border:1px solid var(--line);border-radius:8px}
 .card{padding:.6rem .8rem}
 .card p{margin:0}
 .card .value{font-size:1.4rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
-.card .value small{font-size:.85rem;font-weight:400}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem}
 figure{margin:0;padding:.6rem .6rem .3rem;min-width:0}
 figcaption{font-weight:600;font-size:.92rem;padding:0 .2rem .2rem}
@@ -58,8 +57,9 @@ figure svg{display:block;width:100%;height:auto}
 .table{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.88rem;width:100%}
 th,td{padding:.34rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
-thead th,tr:first-child>th{border-top:0}
-tbody th{font-weight:500;color:var(--soft);white-space:nowrap;width:1%}
+table>:first-child>tr:first-child>*{border-top:0}
+tbody th{font-weight:500;color:var(--soft);overflow-wrap:anywhere;min-width:7.5rem}
+h3{font-size:1rem;margin:1.1rem 0 .4rem;overflow-wrap:anywhere}
 td{overflow-wrap:anywhere;min-width:8rem}
 td.number{text-align:right;font-variant-numeric:tabular-nums;min-width:5rem;white-space:nowrap}
 th.number{text-align:right}
@@ -79,7 +79,7 @@ overflow-wrap:anywhere}
 .bad{background:#ffdcd7}
 .more{color:var(--soft);font-style:italic}
 .key span{padding:0 .35em}
-@media (max-width:600px){body{font-size:14px}h1{font-size:1.2rem}th,td{padding:.3rem .5rem}tbody th{white-space:normal}}
+@media (max-width:600px){body{font-size:14px}h1{font-size:1.2rem}th,td{padding:.3rem .5rem}}
 @media print{nav{display:none}.card,figure{break-inside:avoid}}
 """
 
@@ -145,7 +145,7 @@ def _shades() -> str:
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     if len(runs) > 1:
-        kinds = list(dict.fromkeys(run.kind for run in runs))
+        kinds = list(dict.fromkeys(run.kind or "unknown kind" for run in runs))
         return ", ".join(kinds) + " compared"
     known = facts(runs[0])
     shown = (known["kind"], known["algorithm"], known["model"], f"{known['steps']} steps", known["duration"])
@@ -179,8 +179,8 @@ def _cards(run: RunRecord) -> str:
         first = f"{_value(series.values[0], share)} at step {series.steps[0]}" if len(series.steps) > 1 else ""
         cards.append(
             f'<div class="card"><p><small>{html.escape(title)}</small></p>'
-            f'<p class="value">{_value(series.values[-1], share)} <small>{_interval(run, name, share)}</small></p>'
-            f"<p><small>{first}</small></p></div>"
+            f'<p class="value">{_value(series.values[-1], share)}</p>'
+            f"<p><small>{'<br>'.join(text for text in (_interval(run, name, share), first) if text)}</small></p></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 

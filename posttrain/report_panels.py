@@ -7,7 +7,7 @@ table of all metrics.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,7 +15,7 @@ from recipes.metrics import ROW_FIELDS
 
 STEP_SECONDS = "perf/step_seconds"
 INTERVAL = ("_low", "_high")
-"""What a metric's name is followed by in the names of its 95 % interval's bounds."""
+"""What an evaluation's name is followed by in the names of its 95 % interval's bounds."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Panel:
     def select(self, names: Iterable[str]) -> list[str]:
         """The names that this panel shows, in the patterns' order."""
         present = set(names)
-        bounds = {f"{name}{end}" for name in present for end in INTERVAL}
+        bounds = {name + end for name in present if has_interval(name) for end in INTERVAL}
         shown: dict[str, None] = {}
         for pattern in self.metrics:
             for name in sorted(present - bounds):
@@ -69,7 +69,14 @@ SECTIONS = {
 """Titles of the sections, in the page's order."""
 
 PANELS = (
-    Panel("evaluation", "solved", "Held-out problems solved", ("evaluation/greedy", "evaluation/*@*"), "share"),
+    Panel("evaluation", "solved", "Held-out problems solved", ("evaluation/greedy", "evaluation/avg@*"), "share"),
+    Panel(
+        "evaluation",
+        "solved-of-several",
+        "Held-out problems solved in several tries",
+        ("evaluation/pass@*", "evaluation/maj@*"),
+        "share",
+    ),
     Panel("evaluation", "evaluation-loss", "Held-out loss", ("evaluation/loss",), "nats a token"),
     Panel("evaluation", "bits-per-byte", "Held-out bits per byte", ("evaluation/bits_per_byte",), "bits"),
     Panel("rewards", "reward", "Reward, mean of a step", ("rewards/total/mean",)),
@@ -123,18 +130,34 @@ PANELS = (
     ),
     Panel("perf", "step-seconds", "Duration of a step", (STEP_SECONDS,), "seconds"),
     Panel("perf", "split", "Where a step's time goes", ("perf/*_seconds",), "seconds", (STEP_SECONDS,), stacked=True),
-    Panel("perf", "mfu", "Model FLOPs utilisation", ("perf/mfu",), "share of peak"),
+    Panel("perf", "mfu", "Model FLOPs utilisation", ("perf/mfu",), "share"),
 )
 
 
-def label(metric: str) -> str:
-    """A metric's name in a legend: without its group, and of a reward its own name."""
+def has_interval(metric: str) -> bool:
+    """Whether names with INTERVAL's ends are the metric's bounds: `policy/clip_fraction_low` is a metric of its own."""
+    return metric.startswith("evaluation/")
+
+
+GROUP_LABELS = {"learning": "training", "evaluation": "held-out", "perf": "training"}
+
+
+def labels(metrics: Sequence[str]) -> list[str]:
+    """Metrics' names in a legend: without their group where they share it, and of a reward its own name."""
+    groups = {metric.partition("/")[0] for metric in metrics}
+    return [_label(metric, with_group=len(groups) > 1) for metric in metrics]
+
+
+def _label(metric: str, *, with_group: bool) -> str:
     group, _, rest = metric.partition("/")
     if not rest:
         return metric
-    if group == "rewards" and "/" in rest:
+    if group == "rewards":
         return rest.removesuffix("/mean").replace("/failures", " failed")
-    return rest.removesuffix("_seconds").replace("_", " ") if group == "perf" else rest.replace("_", " ")
+    text = rest.replace("_", " ")
+    if group == "perf":
+        text = text.removesuffix(" seconds")
+    return f"{GROUP_LABELS.get(group, group)} {text}" if with_group else text
 
 
 def metric_names(rows: Iterable[dict]) -> list[str]:

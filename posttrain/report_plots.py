@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posttrain.report_panels import INTERVAL, Panel, label
+from posttrain.report_panels import INTERVAL, Panel, has_interval, labels
 from posttrain.report_runs import RunRecord, Series
 
 if TYPE_CHECKING:
@@ -35,10 +35,13 @@ SETTINGS = {
     "axes.grid": True,
     "grid.color": "#eaeef2",
     "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 5),
+    "axes.formatter.use_mathtext": True,
+    "axes.formatter.useoffset": False,
     "xtick.color": "#57606a",
     "ytick.color": "#57606a",
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     # Letters stay letters: small, sharp at any size, and found by the browser's search.
     "svg.fonttype": "none",
     # The same figure gives the same bytes.
@@ -55,6 +58,8 @@ MIN_DECADES = 1.5
 
 # Hundredths of a point are less than a pixel; the rest of a path's digits would be most of the page.
 _PATH = re.compile(r'\bd="[^"]*"')
+_ID = re.compile(r' id="([^"]*)"')
+_REFERENCE = re.compile(r"""(?:url\(|href=")#([\w.-]+)""")
 _DIGITS = re.compile(r"(\.\d{2})\d+")
 
 
@@ -88,7 +93,7 @@ def draw(panel: Panel, runs: Sequence[RunRecord], path_png: Any) -> str | None:
         else:
             _draw_areas(axes, shown[0][1], shown[0][2])
         _legend(figure, axes)
-        svg = _svg(figure)
+        svg = _svg(figure, panel.name)
         axes.set_title(panel.title, fontsize=10, loc="left")
         figure.savefig(path_png, dpi=160, metadata={"Software": None})
     return svg
@@ -111,22 +116,22 @@ def _draw_lines(axes: Axes, panel: Panel, shown: Sequence[tuple[int, RunRecord, 
             _draw_band(axes, panel, run, name, look["color"])
         if not many:
             for step in run.resumes:
-                axes.axvline(step, color="#8c959f", linewidth=0.8, linestyle=":", zorder=0)
+                axes.axvline(step, color="#57606a", linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+                axes.text(step, 1.0, "resumed", fontsize=8, ha="center", transform=axes.get_xaxis_transform())
     if many:
         for number, run, _ in shown:
             axes.plot([], [], color=COLOURS[number % len(COLOURS)], label=shortened(run.name, 30))
     if len(metrics) > 1:
-        for place, name in enumerate(metrics):
+        for place, text in enumerate(labels(metrics)):
             look = (
                 {"color": "#24292f", "linestyle": STYLES[place % len(STYLES)]}
                 if many
                 else {"color": COLOURS[place % len(COLOURS)]}
             )
-            axes.plot([], [], label=label(name), **look)
-    _scale(axes, panel, np.concatenate(everything) if everything else np.zeros(0))
-    axes.set_xlabel("step")
+            axes.plot([], [], label=text, **look)
     axes.set_ylabel(panel.unit)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    _scale(axes, panel, np.concatenate(everything))
+    _step_axis(axes)
 
 
 def _draw_series(axes: Axes, series: Series, look: dict[str, Any]) -> None:
@@ -152,7 +157,8 @@ def _draw_series(axes: Axes, series: Series, look: dict[str, Any]) -> None:
 
 def _draw_band(axes: Axes, panel: Panel, run: RunRecord, name: str, colour: str) -> None:
     """Draws the interval that was logged beside a metric, or the panel's own band."""
-    for low_name, high_name in ((name + INTERVAL[0], name + INTERVAL[1]), panel.band or ("", "")):
+    interval = (name + INTERVAL[0], name + INTERVAL[1]) if has_interval(name) else ("", "")
+    for low_name, high_name in (interval, panel.band or ("", "")):
         low, high = run.series(low_name), run.series(high_name)
         if len(low.steps) and np.array_equal(low.steps, high.steps):
             axes.fill_between(low.steps, low.values, high.values, color=colour, alpha=0.14, linewidth=0)
@@ -173,6 +179,11 @@ def _scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
         axes.set_ylabel("")
 
 
+def _step_axis(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+
+
 def _draw_areas(axes: Axes, run: RunRecord, names: Sequence[str]) -> None:
     """One run's parts of a step, stacked over the steps."""
     steps = np.unique(np.concatenate([run.series(name).steps for name in names]))
@@ -183,15 +194,15 @@ def _draw_areas(axes: Axes, run: RunRecord, names: Sequence[str]) -> None:
         column[np.searchsorted(steps, series.steps)] = np.nan_to_num(series.values, posinf=0.0, neginf=0.0)
         columns.append(column)
     sums = np.array([column.sum() for column in columns])
-    labels = [f"{label(name)} {100 * part / (sums.sum() or 1.0):.0f} %" for name, part in zip(names, sums, strict=True)]
+    texts = [f"{text} {100 * part / (sums.sum() or 1.0):.0f} %" for text, part in zip(labels(names), sums, strict=True)]
     if len(steps) > MAX_POINTS:
         thinned = [buckets(steps, column) for column in columns]
         steps, columns = thinned[0][0], [mean for _, _, mean, _ in thinned]
     order = np.argsort(-sums)
-    axes.stackplot(steps, *(columns[i] for i in order), labels=[labels[i] for i in order], colors=COLOURS, alpha=0.8)
-    axes.set_xlabel("step")
+    axes.stackplot(steps, *(columns[i] for i in order), labels=[texts[i] for i in order], colors=COLOURS, alpha=0.8)
     axes.set_ylabel("seconds")
     axes.margins(x=0)
+    _step_axis(axes)
 
 
 def _draw_bars(axes: Axes, shown: Sequence[tuple[int, RunRecord, list[str]]]) -> None:
@@ -199,9 +210,9 @@ def _draw_bars(axes: Axes, shown: Sequence[tuple[int, RunRecord, list[str]]]) ->
     metrics = list(dict.fromkeys(name for _, _, names in shown for name in names))
     places = np.arange(len(shown))
     left = np.zeros(len(shown))
-    for number, name in enumerate(metrics):
+    for number, (name, text) in enumerate(zip(metrics, labels(metrics), strict=True)):
         medians = [float(np.median(one)) if len(one := run.series(name).finite.values) else 0.0 for _, run, _ in shown]
-        axes.barh(places, medians, left=left, label=label(name), color=COLOURS[number % len(COLOURS)], height=0.6)
+        axes.barh(places, medians, left=left, label=text, color=COLOURS[number % len(COLOURS)], height=0.6)
         left += medians
     axes.set_yticks(places, [shortened(run.name, 18) for _, run, _ in shown])
     axes.invert_yaxis()
@@ -210,23 +221,29 @@ def _draw_bars(axes: Axes, shown: Sequence[tuple[int, RunRecord, list[str]]]) ->
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+    handles, texts = axes.get_legend_handles_labels()
     if not handles:
         return
     # As many columns as fit, at about 6 points a letter and 34 points for a line's sample.
-    columns = max(1, int(SIZE[0] * 72 / (34 + 5.2 * max(map(len, labels)))))
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)), columnspacing=1.2)
-    extra = -(-len(labels) // columns) - 1
-    figure.set_size_inches(SIZE[0], SIZE[1] + 0.17 * extra)
+    columns = max(1, int(SIZE[0] * 72 / (34 + 5.4 * max(map(len, texts)))))
+    figure.legend(handles, texts, loc="outside lower left", ncols=min(columns, len(texts)), columnspacing=1.2)
+    extra = -(-len(texts) // columns) - 1
+    figure.set_size_inches(SIZE[0], SIZE[1] + 0.18 * extra)
 
 
-def _svg(figure: Figure) -> str:
-    """The figure as an element that scales with its place in the page, without what a file needs around it."""
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an element that scales with its place in the page, without what a file needs around it.
+
+    Ids that nothing refers to are left out, and the others begin with `name`, so that figures of a page do not clash.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    used = set(_REFERENCE.findall(text))
+    text = _ID.sub(lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = _REFERENCE.sub(lambda found: f"{found[0].removesuffix(found[1])}{name}-{found[1]}", text)
     # The element takes its size from the page; the view box keeps its proportions.
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)

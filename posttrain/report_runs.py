@@ -55,8 +55,8 @@ class RunRecord:
 
     @property
     def kind(self) -> str:
-        """The kind of its recipe."""
-        return str(self.recipe.get("kind", "unknown"))
+        """The kind of its recipe; empty where that is unknown."""
+        return str(self.recipe.get("kind", ""))
 
     @cached_property
     def names(self) -> list[str]:
@@ -165,7 +165,14 @@ def _open(folder: Path, name: str) -> RunRecord:
         recipe = parse_mapping(resolved_path(folder).read_text(encoding="utf-8"), str(resolved_path(folder))).values
     rows = read_metrics(metrics_path(folder)) if metrics_path(folder).is_file() else []
     rows.sort(key=lambda row: row["step"])
-    return RunRecord(folder, name, redact_values(recipe), redact_values(read_attempts(folder)), rows)
+    return RunRecord(
+        folder, name, redact_values(recipe), [_without_secrets(one) for one in read_attempts(folder)], rows
+    )
+
+
+def _without_secrets(attempt: dict[str, Any]) -> dict[str, Any]:
+    """The record without secrets; a commit is no secret, though it looks like a key."""
+    return redact_values({key: value for key, value in attempt.items() if key != "git"}) | {"git": attempt.get("git")}
 
 
 def facts(run: RunRecord) -> dict[str, str]:
