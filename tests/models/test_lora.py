@@ -17,6 +17,7 @@ from models.functional import FunctionalModel
 from models.nnx.projection import Projection
 from models.parameters import ParamSpec, flatten, stack_layers, unflatten
 from models.quantized_kernel import SCALES, VALUES, dequantize_kernel, quantize_kernel
+from pretrain.optimizers import muon_dimension_numbers
 from recipes.schema import ModelSection
 from recipes.sections.alignment import LoraSection
 
@@ -230,6 +231,20 @@ def test_a_tile_that_does_not_divide_the_inputs_is_an_error() -> None:
     adapters = LoraSection(rank=2, base_quantization="int8", quantization_tile=48)
     with pytest.raises(ValueError, match=r"lora\.quantization_tile=48: decoder/layers/.* has \d+ inputs"):
         _ = FunctionalModel(LLAMA, section(), adapters).specs
+
+
+def test_muon_takes_an_adapter_as_the_matrix_between_its_kernel_s_axes_and_the_rank() -> None:
+    specs = {"/".join(path): spec for path, spec in flatten(FunctionalModel(LLAMA, section(), EVERY).specs)}
+    expected = {
+        "self_attention/query/lora_a": ((0,), (2,)),  # [D, L, r]
+        "self_attention/query/lora_b": ((0,), (2, 3)),  # [r, L, H, N]
+        "self_attention/out/lora_a": ((0, 2), (3,)),  # [H, L, N, r]
+        "self_attention/out/lora_b": ((0,), (2,)),  # [r, L, D]
+        "mlp/wo/lora_a": ((0,), (2,)),
+    }
+    for name, axes in expected.items():
+        path = f"decoder/layers/{name}"
+        assert muon_dimension_numbers(path, specs[path].axes) == axes
 
 
 # --- the door to Qwix ---
