@@ -32,6 +32,9 @@ from posttrain.samplers.base import (
 STOP_STRING_STEPS = 8
 """Tokens sampled between two looks at the text; what follows a stop string is sampled in vain."""
 SCORE_ROWS = 8
+PLAIN_LOGIT = 2.0
+"""Size of logits up to which a proof's tolerance holds as it is. Rounding grows with them, and so does the tolerance:
+bfloat16 keeps 8 bits, so one rounding of a logit of 16 is 0.06 nats."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class SyncReport:
 
 
 class NativeSampler:
-    """A `posttrain.samplers.base.Sampler` in JAX alone; a completion is the same, to the bit, whatever else is sampled."""
+    """A `Sampler` in JAX alone; a completion is the same, to the bit, whatever else is sampled."""
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class NativeSampler:
         self._version, self._syncs = -1, 0
         self.last_sync: SyncReport | None = None
         self._score = jax.jit(partial(_sequence_logprobs, inference_model(model)))
+        self._largest_logit = jax.jit(partial(_largest_logit, model))
         self._held_checksums = jax.jit(checksums)
         self._given_checksums = jax.jit(lambda params: checksums(inference_params(model, params)))
 
@@ -221,6 +225,7 @@ class NativeSampler:
         )
         prompt, sampling = proof.probe(self._model, CPU_BLOCK, max_length=self._max_length)
         completions = self._complete(engine, [prompt], sampling, version, None)
+        largest = float(self._largest_logit(params, np.array([prompt.token_ids], np.int32)))
         return proof.check_completions(
             self._model,
             params,
@@ -228,7 +233,7 @@ class NativeSampler:
             completions,
             sampling=sampling,
             version=version,
-            tolerance=self._proof.logprob_tolerance,
+            tolerance=self._proof.logprob_tolerance * max(1.0, largest / PLAIN_LOGIT),
         )
 
     def close(self) -> None:
@@ -302,6 +307,11 @@ def checksums(params: Params) -> dict[str, jax.Array]:
         mixed = weights * jnp.uint32(0x9E3779B1) ^ (weights >> 15)
         sums["/".join(path)] = (bits.astype(jnp.uint32) * (mixed | jnp.uint32(1))).sum(dtype=jnp.uint32)
     return sums
+
+
+def _largest_logit(model: FunctionalModel, params: Params, tokens: Int[Array, "1 T"]) -> Float[Array, ""]:
+    logits, _ = model(params, tokens)
+    return jnp.abs(logits[0, -1].astype(jnp.float32)).max()
 
 
 def _sequence_logprobs(model: FunctionalModel, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
