@@ -80,8 +80,8 @@ class EngineThread:
         """
         future: Future = Future()
         self.sign_of_life()
-        self._calls.put((work, future))
         try:
+            self._calls.put((work, future))
             while not future.done():
                 left = self._last_sign + seconds - time.monotonic()
                 if left <= 0:

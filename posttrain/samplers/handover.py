@@ -20,6 +20,10 @@ from posttrain.samplers.proof import COLUMN_SALT, ROW_SALT, checksum_weights, pr
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+_CHECKSUM_BLOCK = 2**16
+"""Elements."""
+
+
 def check_reachable(params: Params) -> None:
     """Checks that an engine in this process can read all of the parameters.
 
@@ -85,10 +89,14 @@ def tensor_checksum(torch: Any, tensor: Any) -> int:
     if bits.stride(0) == 1:
         # The sums go along memory, whichever way the matrix lies in it.
         bits, rows, columns = bits.T, columns, rows
-    bits = bits.to(torch.int32) & 0xFFFF if tensor.dtype.itemsize == 2 else bits
-    # Products wrap modulo 2**32, and sums of 64 bits keep what counts of them.
-    sums = (bits * columns).sum(1, dtype=torch.int64)
-    return int((sums.to(torch.int32) * rows).sum(dtype=torch.int64)) % 2**32
+    sums = torch.empty(bits.shape[0], dtype=torch.int32, device=bits.device)
+    # Products and sums wrap modulo 2**32. They go block by block, so that the products stay in a CPU's caches.
+    count = max(1, _CHECKSUM_BLOCK // bits.shape[1])
+    for start in range(0, bits.shape[0], count):
+        block = bits[start : start + count]
+        block = block.to(torch.int32) & 0xFFFF if tensor.dtype.itemsize == 2 else block
+        torch.sum(block * columns, 1, dtype=torch.int32, out=sums[start : start + count])
+    return int((sums * rows).sum(dtype=torch.int64)) % 2**32
 
 
 def layer_outputs(torch: Any, model: Any) -> dict[str, np.ndarray]:
