@@ -24,6 +24,7 @@ from posttrain.verbs import generate as generate_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
 from posttrain.verbs import report as report_verb
 from posttrain.verbs import stories as stories_verb
+from posttrain.verbs import wandb_workspace as wandb_workspace_verb
 from recipes.load import DEFAULT, OVERRIDE, LoadedRecipe, load_recipe, shipped_recipes
 
 USER_ERROR = 2
@@ -210,6 +211,7 @@ generate_verb.register(app)
 inspect_data_verb.register(app)
 report_verb.register(app)
 stories_verb.register(app)
+wandb_workspace_verb.register(app)
 
 
 def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:

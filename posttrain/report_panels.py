@@ -50,9 +50,17 @@ class Panel:
         return list(shown)
 
     def regex(self) -> str:
-        """A regular expression (RE2) that matches the same names from end to end."""
-        wanted = "|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in self.metrics)
-        return f"^(?:{wanted})$"
+        """A regular expression that matches the same names; without lookahead, which W&B's engine (RE2) lacks."""
+        return f"^(?:{'|'.join(self._regex(pattern) for pattern in self.metrics)})$"
+
+    def _regex(self, pattern: str) -> str:
+        start, star, end = pattern.partition("*")
+        # The bounds of an interval end in _low and _high.
+        some = "[^_]*" if has_interval(pattern) else ".*"
+        for other in self.without:
+            if other.startswith(start):
+                some = _unlike(other[len(start) :].rstrip("*"), end)
+        return re.escape(start) + (some + re.escape(end) if star else "")
 
 
 SECTIONS = {
@@ -137,6 +145,13 @@ PANELS = (
 def has_interval(metric: str) -> bool:
     """Whether names with INTERVAL's ends are the metric's bounds: `policy/clip_fraction_low` is a metric of its own."""
     return metric.startswith("evaluation/")
+
+
+def _unlike(word: str, end: str) -> str:
+    """A regular expression for all texts before `end` with which that does not begin with `word`."""
+    differs = [f"{re.escape(word[:i])}[^{re.escape(word[i])}].*" for i in range(len(word))]
+    shorter = [re.escape(word[:i]) for i in range(1, len(word)) if not (word[:i] + end).startswith(word)]
+    return f"(?:{'|'.join([*differs, *shorter])})"
 
 
 GROUP_LABELS = {"learning": "training", "evaluation": "held-out", "perf": "training"}

@@ -113,7 +113,7 @@ def _draw_lines(axes: Axes, panel: Panel, shown: Sequence[tuple[int, RunRecord, 
             series = run.series(name)
             everything.append(series.finite.values)
             _draw_series(axes, series, look)
-            _draw_band(axes, panel, run, name, look["color"])
+            _draw_bands(axes, run, name, look["color"], None if many else panel.band)
         if not many:
             for step in run.resumes:
                 axes.axvline(step, color="#57606a", linewidth=1, linestyle=(0, (2, 3)), zorder=1)
@@ -155,10 +155,10 @@ def _draw_series(axes: Axes, series: Series, look: dict[str, Any]) -> None:
         axes.plot(series.steps, values, linewidth=1.5, marker="o", markersize=3 if count < 25 else 0, **look)
 
 
-def _draw_band(axes: Axes, panel: Panel, run: RunRecord, name: str, colour: str) -> None:
-    """Draws the interval that was logged beside a metric, or the panel's own band."""
-    interval = (name + INTERVAL[0], name + INTERVAL[1]) if has_interval(name) else ("", "")
-    for low_name, high_name in (interval, panel.band or ("", "")):
+def _draw_bands(axes: Axes, run: RunRecord, name: str, colour: str, band: tuple[str, str] | None) -> None:
+    """Draws the interval that was logged beside a metric, and the panel's own band."""
+    interval = (name + INTERVAL[0], name + INTERVAL[1]) if has_interval(name) else None
+    for low_name, high_name in filter(None, (interval, band)):
         low, high = run.series(low_name), run.series(high_name)
         if len(low.steps) and np.array_equal(low.steps, high.steps):
             axes.fill_between(low.steps, low.values, high.values, color=colour, alpha=0.14, linewidth=0)

@@ -179,7 +179,8 @@ def facts(run: RunRecord) -> dict[str, str]:
     """What a run was, for the table: every entry is text, and one that is unknown is empty."""
     first, newest = (run.attempts[0], run.attempts[-1]) if run.attempts else ({}, {})
     flat = flatten(run.recipe)
-    wanted = flat.get("train.steps")
+    later = (newest.get("changed") or {}).get("train.steps")
+    wanted = later.get("to") if later else flat.get("train.steps")
     return {
         "kind": run.kind,
         "algorithm": next((str(flat[key]) for key in ALGORITHM_KEYS if key in flat), ""),

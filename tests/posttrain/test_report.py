@@ -130,7 +130,7 @@ def test_the_facts_of_a_run_are_in_its_table(tmp_path):
 @pytest.mark.parametrize(
     ("row", "panels"),
     [
-        ({"learning/loss": 1.0, "evaluation/loss": 1.1, "learning/lr": 1}, {"loss", "evaluation-loss", "learning-rate"}),
+        ({"learning/loss": 1.0, "evaluation/loss": 1, "learning/lr": 1}, {"loss", "evaluation-loss", "learning-rate"}),
         ({"dpo/accuracy": 0.5, "dpo/margin": 0.1, "dpo/chosen_logp": -3.0}, {"accuracy", "margin", "logps"}),
         ({"distill/soft_loss": 0.5, "distill/hard_loss": 2.0, "_train_loss": 1.0}, {"distill"}),
         ({"rewards/total/mean": 0.5, "rewards/exact/mean": 0.4}, {"reward", "reward-parts"}),
