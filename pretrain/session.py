@@ -137,13 +137,11 @@ class TrainingSession:
             is_due(recipe.checkpoint.interval, self.done),
         )
         interrupted, last = self._vote(), self.done == recipe.train.steps
-        if self._pending is not None:
-            self._report(self._pending)
+        self.flush()
         self._pending = dispatched
         if not (evaluates or saves or interrupted or last):
             return dispatched.metrics
-        self._report(self._pending)
-        self._pending = None
+        self.flush()
         reached = evaluates and self._evaluate()
         finishes = last or reached or interrupted
         if saves or (finishes and (recipe.checkpoint.on_completion or interrupted)):
@@ -153,6 +151,12 @@ class TrainingSession:
         self._ended = last or reached
         self.timer.start()
         return dispatched.metrics
+
+    def flush(self) -> None:
+        """Reports the last step, if that is still to be done; raises what `step` does of it."""
+        if self._pending is not None:
+            step, self._pending = self._pending, None
+            self._report(step)
 
     def save(self, *, blocking: bool) -> None:
         """Saves the state as it is, where the recipe has checkpoints."""

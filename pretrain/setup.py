@@ -120,6 +120,7 @@ def prepare_model(
     sequence_length: int,
     eval_per_device: float | None = None,
     lora: LoraSection | None = None,
+    updates_per_step: int = 1,
 ) -> ModelSetup:
     """Builds and checks the parts of any training run on rows of `sequence_length` tokens.
 
@@ -128,6 +129,7 @@ def prepare_model(
         sequence_length: of its rows.
         eval_per_device: rows of an evaluation batch on a device; None is train.per_device_batch_size.
         lora: the adapters of the kinds of training that have any; with a rank, they alone are trained.
+        updates_per_step: of the optimizer, which counts updates, where the recipe's schedule counts steps.
 
     Raises:
         ValueError: in the house form, for whatever in the recipe doesn't fit the model or the devices.
@@ -144,7 +146,8 @@ def prepare_model(
     if adapters is not None:
         adapted_modules(config, adapters)
     model = FunctionalModel(config, recipe.model, adapters)
-    schedule = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=recipe.train.steps)
+    by_step = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=recipe.train.steps)
+    schedule = by_step if updates_per_step == 1 else lambda updates: by_step(updates // updates_per_step)
     axes = {"/".join(path): spec.axes for path, spec in flatten(model.specs)}
     tx = make_optimizer(recipe.optimizer, schedule, axes)
     patterns = recipe.optimizer.trainable

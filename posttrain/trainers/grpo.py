@@ -31,6 +31,7 @@ from posttrain.rollouts import Judge, Rollout, collect, rollout_metrics, sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import Prompts, load_reference, make_evaluator, prepare
+from posttrain.trainers.on_policy import require_one_process
 from posttrain.trainers.policy_step import LOGPS, make_scorer, make_update
 from posttrain.trainers.tunix_cluster import keys_until, make_learner
 from pretrain.batching import place
@@ -41,7 +42,8 @@ from pretrain.setup import SessionSetup
 from pretrain.state import TrainState
 from pretrain.step import ROWS, Metrics
 from recipes.load import LoadedRecipe
-from recipes.rundir import Run, create_run
+from recipes.metrics import read_metrics
+from recipes.rundir import Run, create_run, metrics_path
 from recipes.schema import GRPORecipe
 from rewards.combination import total_range
 
@@ -71,15 +73,6 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
                     return GRPO(recipe, setup, prompts, tokenizer, sampler, judge, attempt).run()
                 finally:
                     sampler.close()
-
-
-def require_one_process() -> None:
-    """Raises ValueError where several processes would each sample for themselves."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"mesh: {jax.process_count()} processes: this sampler runs in one process with all of the mesh's devices; "
-            "start one process, or train with sft, dpo or distill"
-        )
 
 
 class GRPO:
@@ -131,7 +124,14 @@ class GRPO:
         drop_after(self.attempt.dir, session.start)
         self.sync()
         if session.start == 0 and self.recipe.eval.at_start:
-            session.writer.write(0, self.evaluate())
+            self._evaluate_once()
+        if not session.ended:
+            self._train()
+        if self.recipe.eval.at_end and not is_due(self.recipe.eval.interval, session.done):
+            self._evaluate_once()
+
+    def _train(self) -> None:
+        """Lets Tunix's learner make the steps; it cannot be asked for none."""
         self.step_start = time.perf_counter()
         learner = make_learner(
             self.recipe,
@@ -142,9 +142,14 @@ class GRPO:
             collect=self.collect,
             update=self.update,
         )
-        learner.train(keys_until(lambda: session.ended, session.start), skip_jit=True)
-        if self.recipe.eval.at_end and not is_due(self.recipe.eval.interval, session.done):
-            session.writer.write(session.done, self.evaluate())
+        learner.train(keys_until(lambda: self.session.ended, self.session.start), skip_jit=True)
+
+    def _evaluate_once(self) -> None:
+        """Writes the held-out metrics, unless an earlier attempt did after as many steps."""
+        done, rows = self.session.done, read_metrics(metrics_path(self.attempt.dir))
+        known = any(row["step"] == done and any(name.startswith("evaluation/") for name in row) for row in rows)
+        if self.evaluator is not None and not known:
+            self.session.writer.write(done, self.evaluate())
 
     def evaluate(self) -> dict[str, float]:
         """The held-out metrics of the weights as they are; nothing without held-out problems."""
@@ -188,7 +193,7 @@ class GRPO:
     def update(self, rollout: Rollout) -> tuple[jax.Array, None, jax.Array]:
         """One step from a rollout: rows, the reference's and the old policy's log-probabilities, the update."""
         plan, packing = self.setup.plan, self._pack(rollout)
-        self.packing = packing
+        self.rollout, self.packing = rollout, packing
         assert packing.batch.inputs.shape[0] % self.setup.mesh.size == 0, plan
         batch: PolicyBatch = place(packing.batch, self.setup.batch_sharding, self.setup.share)
         start = time.perf_counter()
@@ -201,11 +206,11 @@ class GRPO:
             scores = self.score(self.session.state.params, batch)
             batch = replace(batch, old_logps=jax.block_until_ready(scores))
             self.seconds["old_policy"] = time.perf_counter() - start
-        done = self.session.done + 1
-        self.host_metrics[done] = rollout_metrics(rollout, self.recipe.rl)
+        row = self.host_metrics[self.session.done + 1] = rollout_metrics(rollout, self.recipe.rl)
         metrics = self.session.step(batch)
-        logps = unpack(np.asarray(metrics[ROWS + LOGPS]), packing, rollout.sequences)
-        write_step(self.attempt.dir, done, rollout, logps)
+        # Nothing is gained by a report that is a step late, as the step was waited for.
+        self.session.flush()
+        self.doctor.examine(self.session.done, {**row, "sampler/mismatch_kl": float(metrics["sampler/mismatch_kl"])})
         return metrics["learning/loss"], None, metrics["finite"]
 
     def _pack(self, rollout: Rollout) -> Packing:
@@ -240,5 +245,7 @@ class GRPO:
         row["sampler/tokens_per_second"] = row["completions/tokens"] / spent["rollout"]
         row["policy/rows"] = float(batch.inputs.shape[0])
         row["policy/fill"] = float((self.packing.batch.segment_ids != 0).mean())
-        self.doctor.examine(self.session.done, {**row, "sampler/mismatch_kl": float(metrics["sampler/mismatch_kl"])})
+        # Here, and not after the step, which may end with a save: a step that is saved has its completions on disk.
+        logps = unpack(np.asarray(metrics[ROWS + LOGPS]), self.packing, self.rollout.sequences)
+        write_step(self.attempt.dir, self.session.done, self.rollout, logps)
         return state, metrics

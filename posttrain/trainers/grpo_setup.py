@@ -34,7 +34,7 @@ def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Pro
             f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
             f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
         )
-    parts = prepare_model(recipe, sequence_length=length)
+    parts = prepare_model(recipe, sequence_length=length, updates_per_step=rl.num_iterations)
     problems = load_all(data)
     shared = (data, tokenizer, recipe.tokenizer)
     prompts = prompt_set(problems.train, *shared, max_prompt_length=rl.max_prompt_length, limit=data.num_problems)

@@ -19,7 +19,7 @@ from pretrain.optimizers import stop_frozen_gradients
 from pretrain.session import TrainStep
 from pretrain.setup import ModelSetup
 from pretrain.state import TrainState
-from pretrain.step import Metrics, StepOptions, make_train_step
+from pretrain.step import ROWS, Metrics, StepOptions, make_train_step
 from pretrain.sums import LossOutput
 from recipes.schema import RLSection
 
@@ -129,7 +129,7 @@ def make_update(
 
     Returns:
         A function of (rows, max_segments) to a training step that makes `rl.num_iterations` updates and counts as one
-        step. Compiled once for each pair, and the shape of the batch.
+        step; its metrics are those of the last update. Compiled once for each pair, and the shape of the batch.
     """
 
     @functools.cache
@@ -152,11 +152,17 @@ def make_update(
         def train_step(
             state: TrainState, batch: PolicyBatch, key: jax.Array, proceed: jax.Array
         ) -> tuple[TrainState, Metrics]:
+            finite, rows = proceed, dict[str, jax.Array]()
             for iteration in range(rl.num_iterations):
                 last = iteration == rl.num_iterations - 1
                 state, metrics = compiled(num_rows, max_segments, last)(state, batch, key, proceed, iteration)
-                proceed = metrics["finite"] & proceed
-            return state, metrics
+                if iteration == 0:
+                    finite, rows = metrics["finite"], {name: metrics[name] for name in metrics if name.startswith(ROWS)}
+                finite = metrics["finite"] & finite
+                if not options.skip_nonfinite:
+                    proceed = finite & proceed
+            # Rows are of the policy before any update; the step is finite if each of its updates was.
+            return state, {**metrics, **rows, "finite": finite}
 
         return train_step
 

@@ -124,7 +124,7 @@ def test_a_step_without_a_file_or_with_a_damaged_one_is_told(tmp_path: Path) -> 
     whole = path.read_bytes()
     for damaged in (whole[:-20], b"", b"not parquet at all"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="cannot be read .*the disk is damaged"):
+        with pytest.raises(ValueError, match=r"cannot be read .*the disk is damaged"):
             read_step(tmp_path, 3)
 
 

@@ -47,9 +47,9 @@ data: {{path: examples.jsonl, sequence_length: 64, num_workers_threads: 2}}
 kind: grpo
 data: {path: examples.jsonl, question_column: prompt, answer_column: completion, answer_mark: null,
        template: "{question}"}
-rl: {prompts_per_step: 4, num_generations: 4, max_prompt_length: 40, max_completion_length: 8}
+rl: {prompts_per_step: 2, num_generations: 4, max_prompt_length: 64, max_completion_length: 6}
 rewards: {functions: {length: 1.0}, options: {length: {target: 4}}}
-sampler: {engine: native, num_slots: 16}
+sampler: {engine: native, num_slots: 8}
 train: {steps: 4, per_device_batch_size: 4, seed: 3}
 """,
 }
