@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Run folders, or folders of runs, as a pipeline's.", show_default=False),
+        typer.Argument(metavar="RUN", help="Run folders, or folders of runs, as a pipeline's.", show_default=False),
     ],
     out: Annotated[
         Path | None,

@@ -20,7 +20,9 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.wrong, self.ids, self.tags, self.words = [], [], [], [], []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.ids, self.tags, self.words = [], [], []
         self.feed(path.read_text(encoding="utf-8"))
         self.wrong += self.open
 

@@ -49,7 +49,7 @@ def make_rollout(texts=TEXTS, rewards=(1.0, 0.0, 0.0, 1.0), advantages=(1.0, -1.
     done = [
         Completion(7, i, one, logps[i], "length" if i == 2 else "stop", weight_version=3) for i, one in enumerate(ids)
     ]
-    outcomes = [(Outcome("exact", value, None, ""),) for value in rewards]
+    outcomes: list[tuple[Outcome, ...]] = [(Outcome("exact", value, None, ""),) for value in rewards]
     outcomes[2] = (Outcome("exact", None, "timeout", "after 10 s"),)
     total = np.array(rewards, np.float64)
     problem = PromptRow(prompt_id=7, token_ids=(50, 43, 50), text="2+2?", question="2+2?", answer="4", columns={})
@@ -67,8 +67,7 @@ def record(folder, tokenizer="bytes"):
 
 def test_the_report_reads_what_the_ledger_writes(tmp_path):
     rollout = make_rollout()
-    trainer = [np.full(len(one.completion), -0.5, np.float32) for one in rollout.sequences]
-    trainer[2] = None
+    trainer = [None if i == 2 else np.full(len(one.completion), -0.5) for i, one in enumerate(rollout.sequences)]
     for step in (2, 10):
         write_step(tmp_path, step, rollout, trainer)
     assert ledger_files(tmp_path) == {step: completions_path(tmp_path, step) for step in recorded_steps(tmp_path)}
