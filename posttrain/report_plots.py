@@ -181,7 +181,7 @@ def _scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
 
 def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    axes.locator_params(axis="x", integer=True, nbins=6)
 
 
 def _draw_areas(axes: Axes, run: RunRecord, names: Sequence[str]) -> None:
