@@ -180,8 +180,10 @@ def _scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
 
 
 def _step_axis(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel("step")
-    axes.locator_params(axis="x", integer=True, nbins=6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def _draw_areas(axes: Axes, run: RunRecord, names: Sequence[str]) -> None:
