@@ -61,7 +61,17 @@ class SyncReport:
 
 
 class NativeSampler:
-    """A `Sampler` in JAX alone; a completion is the same, to the bit, whatever else is sampled."""
+    """A `Sampler` in JAX alone; a completion is the same, to the bit, whatever else is sampled.
+
+    Args:
+        model: the policy as the trainer has it.
+        num_slots: completions sampled at a time, a multiple of 8.
+        max_length: bound on prompt and completion together, in tokens.
+        steps_per_call: tokens sampled between two looks from the host.
+        tokenizer: reads the text for stop strings; None where none are used.
+        on_progress: called whenever the host looks.
+        proof_settings: of a sync's proof; None proves each sync to the tolerance of the compute dtype.
+    """
 
     def __init__(
         self,
@@ -74,17 +84,7 @@ class NativeSampler:
         on_progress: Callable[[Progress], None] | None,
         proof_settings: proof.ProofSettings | None = None,
     ) -> None:
-        """Makes an engine without weights; `sync` brings them.
-
-        Args:
-            model: the policy as the trainer has it.
-            num_slots: completions sampled at a time, a multiple of 8.
-            max_length: bound on prompt and completion together, in tokens.
-            steps_per_call: tokens sampled between two looks from the host.
-            tokenizer: reads the text for stop strings; None where none are used.
-            on_progress: called whenever the host looks.
-            proof_settings: of a sync's proof; None proves each sync to the tolerance of the compute dtype.
-        """
+        """Makes an engine without weights; `sync` brings them. See the class for the arguments."""
         self._model, self._tokenizer, self._on_progress = model, tokenizer, on_progress
         self._engine: Engine | None = Engine(
             model, num_slots=num_slots, max_length=max_length, steps_per_call=steps_per_call

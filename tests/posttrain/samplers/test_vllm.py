@@ -1,8 +1,6 @@
 """The real vLLM: its samples and its sync's proof against the trainer's model, in float32 unless a test says so."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,63 +12,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from models.config import TransformerConfig, load_preset
+from models.config import load_preset
 from models.functional import FunctionalModel, Params
 from models.parameters import flatten
-from models.tokenizer import Tokenizer, load_tokenizer
 from posttrain.samplers import proof, vllm
 from posttrain.samplers.base import Completion, Prompt, SamplerError, Sampling
 from posttrain.samplers.vllm import VLLMSampler
-from posttrain.samplers.vllm_settings import CPU_HEAD_DIMS, EngineSettings
-from recipes.schema import ModelSection, TokenizerSection
+from posttrain.samplers.vllm_settings import CPU_HEAD_DIMS
+from tests.posttrain.samplers.engines import (
+    LLAMA,
+    MAX_LENGTH,
+    TOLERANCE,
+    assert_greedy_is_the_forward_pass,
+    assert_logprobs_follow_five_syncs,
+    byte_tokenizer,
+    make_model,
+    make_sampler,
+    mixed_prompts,
+    weights,
+)
 
 pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).resolve().parents[3]
-
-LLAMA = load_preset("tiny-llama-rl").replace(num_kv_heads=4)
-"""As many key heads as query heads, so that their weights can be mistaken for each other; the head is tied."""
-TOLERANCE = 1e-4
-MAX_LENGTH = 256
-
-
-def byte_tokenizer() -> Tokenizer:
-    return load_tokenizer(TokenizerSection(path="bytes"))
-
-
-def make_model(config: TransformerConfig, **options: Any) -> FunctionalModel:
-    return FunctionalModel(config, ModelSection(preset="tiny-llama-rl", **options))
-
-
-def make_sampler(model: FunctionalModel, folder: Path) -> VLLMSampler:
-    settings = EngineSettings(
-        folder=folder,
-        max_length=MAX_LENGTH,
-        max_sequences=256,
-        cache_gib=0.25,
-        memory_share=None,
-        threads=1,
-        eager=True,
-        start_seconds=300,
-        answer_seconds=120,
-    )
-    return VLLMSampler(
-        model,
-        byte_tokenizer(),
-        settings=settings,
-        proof_settings=proof.proof_settings(model.options.compute_dtype, every=1),
-    )
-
-
-def mixed_prompts(count: int, vocab_size: int, *, longest: int = 150) -> list[Prompt]:
-    """Prompts of 1 to `longest` tokens, some longer than a block of the prefix cache."""
-    rng = np.random.default_rng(0)
-    lengths = np.linspace(1, longest, count).astype(int)
-    return [Prompt(tuple(rng.integers(0, vocab_size, n).tolist()), 100 + i) for i, n in enumerate(lengths)]
-
-
-def weights(model: FunctionalModel, seed: int) -> Params:
-    return model.init(jax.random.key(seed))
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +57,6 @@ def alone() -> None:
     """Makes room for a test's own engine; tests that ask for this stand behind those of the shared engine."""
     for engine in SHARED:
         engine.close()
-
-
-def assert_greedy_is_the_forward_pass(sampler: VLLMSampler, model: FunctionalModel, params: Params) -> None:
-    """Every greedy token is the argmax of a full-context forward pass over all that stands before it."""
-    prompts = mixed_prompts(32, model.config.vocab_size)
-    completions = sampler.generate(prompts, Sampling(max_tokens=64, temperature=0.0))
-    tokens = np.zeros((32, MAX_LENGTH), np.int32)
-    for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
-        ids = (*prompt.token_ids, *completion.token_ids)
-        row[: len(ids)] = ids
-    logits = np.asarray(jax.jit(lambda params, tokens: model(params, tokens)[0])(params, tokens))
-    for row, prompt, completion in zip(logits, prompts, completions, strict=True):
-        start = len(prompt.token_ids) - 1
-        assert completion.token_ids.tolist() == row[start : start + 64].argmax(-1).tolist()
-
-
-def assert_logprobs_follow_five_syncs(sampler: VLLMSampler, model: FunctionalModel, tolerance: float) -> None:
-    prompts = mixed_prompts(8, model.config.vocab_size)
-    for version in range(1, 6):
-        params = weights(model, version)
-        sampler.sync(params, version)
-        for temperature in (1.0, 0.7, 0.0):
-            sampling = Sampling(max_tokens=16, temperature=temperature, num_samples=2, step=version)
-            completions = sampler.generate(prompts, sampling)
-            worst = proof.check_completions(
-                model, params, prompts, completions, sampling=sampling, version=version, tolerance=tolerance
-            )
-            assert 0 < worst <= tolerance
 
 
 def test_greedy_tokens_are_those_of_a_full_context_forward_pass(sampler, model):
@@ -428,25 +364,6 @@ def test_the_list_of_head_dims_is_vllms_own(sampler):
     assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_DIMS
 
 
-# The engine of the tests above is closed by the first of these; each starts its own.
-
-QWEN2 = {"family": "qwen2", "qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1e6}
-MISTRAL = {"family": "mistral", "tied_embeddings": False, "sliding_window": 48, "attention_pattern": ("sliding",)}
-FAMILIES = {
-    "llama": LLAMA.replace(num_kv_heads=2, tied_embeddings=False),
-    "llama3.1": LLAMA.replace(
-        rope_theta=5e5,
-        rope_scaling={
-            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 64
-        },
-    ),
-    "qwen2.5": LLAMA.replace(num_kv_heads=2, **QWEN2),
-    "qwen3": load_preset("tiny-qwen3"),
-    "gemma2": load_preset("tiny-gemma2").replace(head_dim=32, query_scale=32**-0.5),
-    "mistral": LLAMA.replace(num_kv_heads=2, **MISTRAL),
-}  # fmt: skip
-
-
 def test_a_restart_gives_the_same_tokens_and_frees_the_first_engine(sampler, model, tmp_path):
     params = weights(model, 1)
     prompts = mixed_prompts(6, 512)
@@ -460,92 +377,3 @@ def test_a_restart_gives_the_same_tokens_and_frees_the_first_engine(sampler, mod
     with make_sampler(model, tmp_path) as again:
         again.sync(params, 1)
         assert tokens_by_key(again.generate(prompts, sampling)) == first
-
-
-def randomized(model: FunctionalModel, seed: int) -> Params:
-    """First weights with every bias, norm and table off its start value, so that none of them can be forgotten."""
-    leaves, tree = jax.tree.flatten(weights(model, seed))
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.size < 4096 else leaf
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_follows_five_syncs_and_decodes_as_the_forward_pass(family, scan_layers, tmp_path):
-    model = make_model(FAMILIES[family], scan_layers=scan_layers, framework="nnx" if scan_layers else "linen")
-    with make_sampler(model, tmp_path) as engine:
-        params = randomized(model, 0)
-        engine.sync(params, 0)
-        assert_greedy_is_the_forward_pass(engine, model, params)
-        assert_logprobs_follow_five_syncs(engine, model, TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_bfloat16_is_as_close_to_float32_as_the_trainers_own(family, tmp_path):
-    """In bfloat16 two programs agree no better than each does with float32, so 2e-2 holds in the mean, not at most.
-
-    Measured on Llama's first weights, whose logits spread by 1: mean 0.007, largest 0.034, in trainer and engine alike.
-    """
-    model = make_model(FAMILIES[family], compute_dtype="bfloat16")
-    exact = make_model(FAMILIES[family])
-    prompts, sampling = mixed_prompts(16, 512), Sampling(max_tokens=32, temperature=1.0)
-    with make_sampler(model, tmp_path) as engine:
-        for version in range(1, 6):
-            params = weights(model, version)
-            engine.sync(params, version)
-            completions = engine.generate(prompts, sampling)
-            sequences = [(*p.token_ids, *c.token_ids) for p, c in zip(prompts, completions, strict=True)]
-            sampled = np.concatenate([completion.logprobs for completion in completions])
-            trainer, float32 = (
-                np.concatenate([row[-32:] for row in proof.trainer_logprobs(m, params, sequences, temperature=1.0)])
-                for m in (model, exact)
-            )
-            assert np.abs(sampled - trainer).mean() < 2e-2
-            assert np.abs(sampled - trainer).max() < 0.1
-            assert np.abs(sampled - float32).mean() < 1.2 * np.abs(trainer - float32).mean()
-
-
-HANGS = """
-import sys, time
-from pathlib import Path
-import jax
-from posttrain.samplers.base import Prompt, SamplerError, Sampling
-from tests.posttrain.samplers.test_vllm import LLAMA, make_model, make_sampler, weights
-model = make_model(LLAMA)
-sampler = make_sampler(model, Path(sys.argv[1]))
-sampler.sync(weights(model, 0), 0)
-object.__setattr__(sampler.settings, "answer_seconds", 1.0)
-sampler._llm.llm_engine.step = lambda: time.sleep(600)
-for work in (
-    lambda: sampler.generate([Prompt((1, 2), 0)], Sampling(max_tokens=4, temperature=1.0)),
-    lambda: sampler.score([[1, 2]]),
-    lambda: make_sampler(model, Path(sys.argv[1])),
-):
-    try:
-        started = time.monotonic()
-        work()
-    except SamplerError as error:
-        print(round(time.monotonic() - started), error)
-sampler.close()
-raise SystemExit(3)
-"""
-
-
-@pytest.mark.slow
-def test_an_engine_that_hangs_is_an_error_in_bounded_time_and_its_process_ends(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
-    )
-    assert done.returncode == 3, done.stderr
-    first, second, third = done.stdout.splitlines()
-    assert first.startswith("1 vllm: the engine gave no sign of life for 1 s while sampling 1 completions")
-    assert second.startswith("0 vllm: the engine gave no sign of life")
-    assert third.startswith("0 vllm: an engine of this process failed before (gave no sign of life")
