@@ -435,13 +435,19 @@ def _cheapen_reloads(model: Any) -> None:
     """
     import torch
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+    tied = getattr(model.config, "tie_word_embeddings", False)
     for module in model.modules():
-        if isinstance(module, LinearBase):
+        is_head = isinstance(module, ParallelLMHead) and not tied
+        if isinstance(module, LinearBase) or is_head:
             parameters, _ = get_layerwise_info(module).restore_metadata
             old = parameters["weight"]
             if old.dtype == torch.float32:
                 new = torch.empty_strided(old.shape, (1, old.shape[0]), dtype=old.dtype, device="meta")
                 new.__class__, new.__dict__ = old.__class__, old.__dict__
                 parameters["weight"] = new
+                if is_head:
+                    # A head keeps its matrix beside the packed one, and the scratch is copied there.
+                    module.weight.data = module.weight.data.t().contiguous().t()
