@@ -89,9 +89,9 @@ class SamplerSection(Section):
     eager: bool = True
     """Let vLLM start at once instead of compiling first: faster for small models and short runs."""
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 1800.0
-    """The longest that one call may take before it is an error."""
+    """The longest that vLLM may take from one sign of life to the next before it is an error."""
     probe_interval: Annotated[int, Field(ge=0)] = 1
-    """Syncs between two full proofs that vLLM holds the policy; 0 never probes. Checksums are always compared."""
+    """Syncs from one proof that the engine holds the policy to the next: 1 proves each, 0 none."""
 
     def problems(self) -> Iterator[Problem]:
         """Yields truncated sampling."""
