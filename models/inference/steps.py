@@ -192,8 +192,8 @@ def decode(
             active=now.active & ~stopped,
         )
         logits, cache = forward(model, params, now.cache, tokens[:, None], jnp.zeros((B,), jnp.int32))
-        # A slot at rest stays where it is: what it writes there is never read.
-        lengths = jnp.where(made.active, cache.lengths, now.cache.lengths)
+        # A slot at rest stays at its beginning, where it costs least; what it writes there is never read.
+        lengths = jnp.where(made.active, cache.lengths, 0)
         cache = replace(cache, lengths=lengths)
         return step + 1, replace(now, cache=cache, logits=logits, active=made.active, counts=counts), made
 

@@ -29,10 +29,15 @@ def attend(query, key, value, cache, window=None, softcap=None):
     return cached_attention(query, written, jnp.asarray(LAYER), window=window, scale=0.3, softcap=softcap)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (9, 2.0)])
 @pytest.mark.parametrize(("capacity", "block"), [(32, 8), (30, 8), (30, 64)])
-def test_it_equals_plain_attention_under_the_caches_mask(rng, monkeypatch, T, window, softcap, capacity, block):
+def test_it_equals_plain_attention_under_the_caches_mask(
+    rng, monkeypatch, backend, T, window, softcap, capacity, block
+):
+    """On a CPU slots are taken one by one; elsewhere all at once, which this machine can compute as well."""
+    monkeypatch.setattr(attention, "on_cpu", lambda: backend == "cpu")
     monkeypatch.setattr(attention, "CPU_BLOCK", block)
     monkeypatch.setattr(attention, "DEVICE_BLOCK", block)
     with jax.enable_x64(True):
