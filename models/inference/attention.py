@@ -55,7 +55,7 @@ def cached_attention(
     """
     attend = partial(_attend, cache=cache, layer=layer, window=window, scale=scale, softcap=softcap)
     if not on_cpu():
-        return attend(query, slot=jnp.int32(0))
+        return attend(query, slot=jnp.zeros((), layer.dtype))
     slots = jnp.arange(query.shape[0])
     return jax.lax.map(lambda each: attend(each[0][None], slot=each[1])[0], (query, slots))
 
@@ -84,8 +84,10 @@ def _attend(
         top, total, mixed = carry
         # The last block of a capacity that is no multiple begins earlier; what was read before is masked out.
         first = jnp.minimum(index * block, capacity - block)
+        # Indices are cast to one dtype, which in x64 they do not have of themselves.
+        corner = [jnp.asarray(index, jnp.int32) for index in (layer, slot, first, 0, 0)]
         keys, values = (
-            jax.lax.dynamic_slice(whole, (layer, slot, first, 0, 0), (1, R, block, *whole.shape[3:]))[0]
+            jax.lax.dynamic_slice(whole, corner, (1, R, block, *whole.shape[3:]))[0]
             for whole in (cache.key, cache.value)
         )
         key_index = first + jnp.arange(block)

@@ -17,7 +17,9 @@ LAYER = 1
 
 def make_cache(rng: np.random.Generator, capacity: int, lengths: list[int]) -> KVCache:
     shape = (L, B, capacity, K, N)
-    return KVCache(jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=shape)), jnp.asarray(lengths))
+    return KVCache(
+        jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=shape)), jnp.asarray(lengths, jnp.int32)
+    )
 
 
 def new_tokens(rng: np.random.Generator, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
