@@ -41,6 +41,7 @@ def make_sampler(
     if engine == "auto":
         engine, why = _best_engine(model)
         logger.info("sampler: %s (%s)", engine, why)
+    proofs = proof_settings(model.options.compute_dtype, every=section.probe_interval)
     if engine == "native":
         return NativeSampler(
             model,
@@ -49,6 +50,7 @@ def make_sampler(
             steps_per_call=STEPS_PER_CALL,
             tokenizer=tokenizer,
             on_progress=None,
+            proof_settings=proofs,
         )
     from posttrain.samplers.vllm import VLLMSampler
 
@@ -64,7 +66,6 @@ def make_sampler(
         answer_seconds=section.timeout_seconds,
         threads=None,
     )
-    proofs = proof_settings(model.options.compute_dtype, every=section.probe_interval)
     return VLLMSampler(model, tokenizer, settings=settings, proof_settings=proofs)
 
 
