@@ -18,11 +18,13 @@ vocabulary of Qwen: temporaries, and outputs that don't reuse an argument's memo
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -55,7 +57,7 @@ from pretrain.trainer import token_work
 from recipes.schema import SFTRecipe
 
 LARGE_VOCABULARY = 151_936
-PEAK_SIZE = 2048
+PEAK_SIZE, PEAK_MATMULS = 2048, 5
 TARGETS = {"tunix": 5.0, "trl": 1.2, "peak": 0.5, "memory": 3.0}
 """At least: times Tunix's tokens a second, times TRL's, of the peak; and Tunix's memory over ours."""
 
@@ -101,12 +103,18 @@ def compiled_step(recipe: SFTRecipe) -> Any:
     return lowered.compile()
 
 
-def peak_turn(square: jax.Array, matmul: Callable[..., jax.Array], count: int) -> float:
-    """Floating-point operations a second over `count` square matmuls."""
+def timed_on_processor(take: Callable[[], Turn]) -> tuple[Turn, float]:
+    """A turn, and the seconds that this process spent on processors for it, over all threads."""
+    start = time.process_time()
+    return take(), time.process_time() - start
+
+
+def peak_turn(square: jax.Array, matmul: Callable[..., jax.Array], count: int) -> Turn:
+    """Seconds of `count` square matmuls, and their floating-point operations."""
     start = time.perf_counter()
     for _ in range(count):
         jax.block_until_ready(matmul(square, square))
-    return count * 2 * PEAK_SIZE**3 / (time.perf_counter() - start)
+    return time.perf_counter() - start, count * 2 * PEAK_SIZE**3
 
 
 def step_memory(compiled: Any) -> tuple[int, int]:
@@ -145,42 +153,71 @@ def start_trl(examples: list[Example], corpus: Corpus, folder: Path, rows: int) 
         return None
 
 
-def time_rounds(
-    contestants: dict[str, Callable[[int], Turn]], *, steps: int, rounds: int
-) -> tuple[dict[str, list[Turn]], list[float]]:
-    """Turns of every contestant and the peak beside them, round by round, after a turn that compiles and warms up."""
+@dataclass(frozen=True)
+class Rounds:
+    """What was measured, round by round."""
+
+    rates: dict[str, list[float]]
+    """Tokens a second of each contestant; of `peak`, floating-point operations a second."""
+    processor_rates: dict[str, list[float]]
+    """The same a second of this process on a processor, which other work on the machine doesn't lengthen."""
+    steps: dict[str, list[Turn]]
+    """Seconds and tokens of a step."""
+
+
+def time_rounds(contestants: dict[str, Callable[[int], Turn]], *, steps: int, rounds: int) -> Rounds:
+    """Takes turns, after one that compiles and warms up; the peak is taken before and behind our own turn."""
     square, matmul = jnp.ones((PEAK_SIZE, PEAK_SIZE), jnp.float32), jax.jit(jnp.matmul)
     peak_turn(square, matmul, 1)
     for take in contestants.values():
         take(max(2, steps))
-    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    peaks = []
+    names = ("peak", *contestants)
+    found = Rounds({name: [] for name in names}, {name: [] for name in names}, {name: [] for name in names})
     for _ in range(rounds):
-        peaks.append(peak_turn(square, matmul, 5))
+        peaks = []
         for name, take in contestants.items():
-            turns[name].append(take(steps))
-    return turns, peaks
+            if name == "ours":
+                peaks.append(timed_on_processor(partial(peak_turn, square, matmul, PEAK_MATMULS)))
+            (seconds, tokens), processor = timed_on_processor(partial(take, steps))
+            found.rates[name].append(tokens / seconds)
+            found.processor_rates[name].append(tokens / max(processor, 1e-9))
+            found.steps[name].append((seconds / steps, tokens // steps))
+            if name == "ours":
+                peaks.append(timed_on_processor(partial(peak_turn, square, matmul, PEAK_MATMULS)))
+        work = sum(turn[1] for turn, _ in peaks)
+        found.rates["peak"].append(work / sum(turn[0] for turn, _ in peaks))
+        found.processor_rates["peak"].append(work / sum(processor for _, processor in peaks))
+    return found
 
 
-def print_table(turns: dict[str, list[Turn]], peaks: list[float], *, steps: int) -> None:
+def print_table(found: Rounds) -> None:
     """Medians, and the medians of ratios within a round, beside their targets."""
     flops = train_flops_per_token(load_preset("bench-r"))
-    rates = {name: [tokens / seconds for seconds, tokens in own] for name, own in turns.items()}
-    print(f"\npeak: {statistics.median(peaks) / 1e9:.1f} GFLOP/s ({min(peaks) / 1e9:.1f} to {max(peaks) / 1e9:.1f})")
+    peaks = found.rates["peak"]
+    print(f"\npeak: {median(peaks) / 1e9:.1f} GFLOP/s ({min(peaks) / 1e9:.1f} to {max(peaks) / 1e9:.1f})")
     print(f"{'':6s} {'tokens/s':>9s} {'least':>9s} {'most':>9s} {'s/step':>7s} {'tokens/step':>11s} {'of peak':>8s}")
-    for name, own in rates.items():
-        seconds, tokens = (statistics.median(turn[part] for turn in turns[name]) / steps for part in (0, 1))
-        share = statistics.median(rate * flops / peak for rate, peak in zip(own, peaks, strict=True))
-        least, middle, most = min(own), statistics.median(own), max(own)
-        print(f"{name:6s} {middle:9.0f} {least:9.0f} {most:9.0f} {seconds:7.3f} {tokens:11.0f} {share:8.1%}")
-        if name == "ours":
-            our_share = share
-    for name, own in rates.items():
-        if name != "ours":
-            ratios = [mine / theirs for mine, theirs in zip(rates["ours"], own, strict=True)]
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            report(f"ours over {name} ({spread})", statistics.median(ratios), TARGETS[name], "x")
-    report("ours, share of the peak on real tokens", our_share, TARGETS["peak"], "%")
+    for name, own in found.rates.items():
+        if name != "peak":
+            seconds, tokens = (median(step[part] for step in found.steps[name]) for part in (0, 1))
+            print(
+                f"{name:6s} {median(own):9.0f} {min(own):9.0f} {max(own):9.0f} {seconds:7.3f} {tokens:11.0f} "
+                f"{median(ratios(own, peaks)) * flops:8.1%}"
+            )
+    for name, own in found.rates.items():
+        if name not in ("ours", "peak"):
+            over = ratios(found.rates["ours"], own)
+            report(f"ours over {name} ({min(over):.2f} to {max(over):.2f})", median(over), TARGETS[name], "x")
+    report("ours, of the peak", median(ratios(found.rates["ours"], peaks)) * flops, TARGETS["peak"], "%")
+    print("by this process's time on processors, which other work on the machine doesn't lengthen:")
+    processor = found.processor_rates
+    if "tunix" in processor:
+        report("ours over tunix", median(ratios(processor["ours"], processor["tunix"])), TARGETS["tunix"], "x")
+    report("ours, of the peak", median(ratios(processor["ours"], processor["peak"])) * flops, TARGETS["peak"], "%")
+
+
+def ratios(mine: list[float], theirs: list[float]) -> list[float]:
+    """Quotients within a round."""
+    return [own / other for own, other in zip(mine, theirs, strict=True)]
 
 
 def main() -> None:
@@ -211,11 +248,11 @@ def main() -> None:
         if trl is not None:
             contestants["trl"] = trl.take
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.rounds} rounds of {args.steps} steps each")
-        turns, peaks = time_rounds(contestants, steps=args.steps, rounds=args.rounds)
+        found = time_rounds(contestants, steps=args.steps, rounds=args.rounds)
         print(
             f"packing fills {ours.filled / ours.cells:.1%} of the cells; load after the rounds {os.getloadavg()[0]:.1f}"
         )
-        print_table(turns, peaks, steps=args.steps)
+        print_table(found)
         ours.setup.close()
         if trl is not None:
             trl.close()
