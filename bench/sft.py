@@ -6,6 +6,8 @@ R is the preset bench-r: a Llama of 6.45M parameters, float32, AdamW with clippi
 same GSM8K examples, tokenised alike by a BPE of 4096 ids trained on them; without that data, of generated problems.
 A token counts where it predicts another: padding doesn't, nor does an example's last. Contestants take turns of a few
 steps, and a ratio is taken within a round, so that a machine whose speed drifts gives fair ratios; medians are printed.
+Where other work shares the machine, pin the bench to one core (`taskset -c 0 python -m bench.sft`): PyTorch's threads
+wait for each other, so a core that is taken away costs them far more than its share.
 
     peak    2048 x 2048 x 2048 float32 matmuls in JAX
     ours    packed rows, 8 x 512 cells: the session's jitted step, fed by its data pipeline, which reads and tokenises
