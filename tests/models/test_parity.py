@@ -150,7 +150,7 @@ def linen_submodules(config: TransformerConfig, options: ModelSection, params: A
     """Our submodules of one layer as functions of their input."""
     layer_params = params["decoder"][f"layers_{index}"]
     window, names, specs = config.layer_windows()[index], layer_norm_names(config), norm_specs(config)
-    layer = layer_input(config, None, index)
+    layer = layer_input(index)
 
     def norm(name: str) -> Callable[..., jax.Array]:
         module = Norm(specs["scale"], specs.get("bias"), config, options)
@@ -159,11 +159,11 @@ def linen_submodules(config: TransformerConfig, options: ModelSection, params: A
     attention, mlp = Attention(config, options, window), MLP(config, options)
     whole = DecoderLayer(config, options, window)
     found = {
-        "attention": lambda x, context: attention.apply({"params": layer_params["self_attention"]}, x, context, layer)[
-            0
-        ],
+        "attention": lambda x, context: attention.apply(
+            {"params": layer_params["self_attention"]}, x, context, layer, None
+        )[0],
         "mlp": lambda x, context: mlp.apply({"params": layer_params["mlp"]}, x, None),
-        "layer": lambda x, context: whole.apply({"params": layer_params}, x, context, layer)[0],
+        "layer": lambda x, context: whole.apply({"params": layer_params}, (x, None), context, layer)[0][0],
     }
     return found | {place: norm(name) for place, name in vars(names).items() if name is not None}
 
@@ -171,15 +171,15 @@ def linen_submodules(config: TransformerConfig, options: ModelSection, params: A
 def nnx_submodules(config: TransformerConfig, options: ModelSection, params: Any, index: int) -> dict[str, Any]:
     """The NNX twins."""
     module = nnx_from_params(abstract_nnx(config, options), params).decoder.layers[index]
-    layer = layer_input(config, None, index)
+    layer = layer_input(index)
 
     def norm(name: str) -> Callable[..., jax.Array]:
         return lambda x, context: getattr(module, name)(x)
 
     found = {
-        "attention": lambda x, context: module.self_attention(x, context, layer)[0],
+        "attention": lambda x, context: module.self_attention(x, context, layer, None)[0],
         "mlp": lambda x, context: module.mlp(x, None),
-        "layer": lambda x, context: module(x, context, layer)[0],
+        "layer": lambda x, context: module((x, None), context, layer)[0][0],
     }
     return found | {place: norm(name) for place, name in vars(layer_norm_names(config)).items() if name is not None}
 
@@ -213,7 +213,7 @@ def test_each_submodule_equals_transformers_from_the_same_input(
     @jax.jit
     def run(params: Any, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = step_context(config, positions, segment_ids=None, attention_mask=None, cache=None, noise_key=None)
+        context = step_context(config, positions, segment_ids=None, attention_mask=None, noise_key=None)
         results = {"embedding": embedded(config, options, params, tokens)}
         for index in range(2):
             functions = submodules(config, options, params, index)

@@ -228,6 +228,8 @@ def test_long_prompts_go_through_in_chunks(shared, monkeypatch) -> None:
 
 
 def test_mixed_lengths_and_settings_compile_a_handful_of_programs() -> None:
+    # Functions jitted alike share their programs, and other tests of this process have made engines.
+    jax.clear_caches()
     model = make_model()
     engine = make_engine(model, weights(model))
     sized = [request(tuple([1] * n), seed=n, max_tokens=1 + n % 5) for n in range(1, 120, 3)]
