@@ -19,7 +19,7 @@ from models.inference.cache import KVCache
 from models.linen.transformer import Transformer as LinenTransformer
 from models.nnx.transformer import Transformer as NNXTransformer
 from models.ops.head import HeadParams, head_params
-from models.parameters import SpecTree, flatten, init_params, linen_path, nnx_path, unflatten
+from models.parameters import SpecTree, flatten, init_params, nnx_path
 from recipes.schema import ModelSection
 from recipes.sections.alignment import LoraSection
 
@@ -40,12 +40,6 @@ def nnx_from_params(abstract: NNXTransformer, params: Params) -> NNXTransformer:
     flat = [(path, variable.replace(values.pop(path))) for path, variable in nnx.to_flat_state(state)]
     assert not values, f"parameters without a place in the model: {sorted(values)}"
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def params_from_nnx(model: NNXTransformer) -> Params:
-    """The parameters of an NNX model in Linen's naming; the arrays are shared, not copied."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return unflatten({linen_path(path): variable[...] for path, variable in flat})
 
 
 @dataclass(frozen=True)

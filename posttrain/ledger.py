@@ -1,21 +1,17 @@
 """Every completion of a reinforcement-learning run: `<run>/completions/step-000012.parquet`, one file a step.
 
 A file is written aside and renamed, so it is whole or not there. A resumed run drops the files behind the step it goes
-on from, and writes them anew.
+on from, and writes them anew. Nothing here needs JAX, so that a report can read it anywhere.
 """
 
 import logging
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from posttrain.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +73,13 @@ def drop_after(run_dir: Path, step: int) -> list[int]:
     return dropped
 
 
-def write_step(run_dir: Path, step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> Path:
+def write_step(run_dir: Path, step: int, rows: list[dict[str, Any]]) -> Path:
     """Writes one step's completions.
 
     Args:
         run_dir: the run.
         step: completed steps, the update made of these completions included.
-        rollout: the completions with rewards and advantages.
-        trainer_logps: the trainer's log-probabilities before the update, float32 [n] each; None for those left out.
+        rows: of SCHEMA's columns, as `posttrain.rollouts.ledger_rows` makes them.
 
     Returns:
         The file.
@@ -92,7 +87,7 @@ def write_step(run_dir: Path, step: int, rollout: Rollout, trainer_logps: Sequen
     path = completions_path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{path.name}")
-    pq.write_table(pa.Table.from_pylist(_rows(step, rollout, trainer_logps), schema=SCHEMA), aside, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside, compression="zstd")
     os.replace(aside, path)
     return path
 
@@ -109,39 +104,13 @@ def read_step(run_dir: Path, step: int) -> list[dict[str, Any]]:
             f"{path}: there is no such file: steps {recorded_steps(run_dir) or 'none'} were recorded; name one of them"
         )
     try:
-        return pq.read_table(path, schema=SCHEMA).to_pylist()
-    except pa.ArrowInvalid as error:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{path}: cannot be read ({error}): a ledger file is written whole; the disk is damaged"
+            f"{path}: cannot be read ({reason}): a ledger file is written whole; the disk is damaged, remove it"
         ) from error
-
-
-def _rows(step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> list[dict[str, Any]]:
-    judged, group = rollout.judged, rollout.judged.num_generations
-    rows = []
-    for number, one in enumerate(judged.completions):
-        problem, outcomes, logps = judged.problems[number // group], judged.outcomes[number], trainer_logps[number]
-        rows.append(
-            {
-                "step": step,
-                "prompt_id": one.prompt_id,
-                "sample_index": one.sample_index,
-                "prompt": problem.text,
-                "completion": judged.texts[number],
-                "answer": problem.answer,
-                "prompt_ids": problem.token_ids,
-                "completion_ids": one.token_ids,
-                "sampler_logps": one.logprobs,
-                "trainer_logps": logps,
-                "reward_parts": [(outcome.reward, outcome.value) for outcome in outcomes],
-                "reward_failures": [
-                    (outcome.reward, f"{outcome.failure}: {outcome.detail}") for outcome in outcomes if outcome.failure
-                ],
-                "reward": float(judged.combined.totals[number]),
-                "advantage": float(rollout.advantages.flat[number]),
-                "counted": logps is not None,
-                "finish_reason": one.finish_reason,
-                "weight_version": one.weight_version,
-            }
-        )
-    return rows
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path}: has no column {missing[0]}, so it is no ledger of completions; remove it")
+    return table.to_pylist()

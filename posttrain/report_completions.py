@@ -1,26 +1,19 @@
-"""Sample completions of a run's ledger, each token shaded by how its update pushes it.
-
-The ledger is read with pyarrow alone: what writes it needs JAX.
-"""
+"""Sample completions of a run's ledger, each token shaded by how its update pushes it."""
 
 from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.ledger import read_step, recorded_steps
 from posttrain.report_runs import RunRecord
 from recipes.provenance import redact_text
 from recipes.schema import TokenizerSection
 
-COLUMNS = (
-    "prompt_id", "sample_index", "prompt", "completion", "answer", "completion_ids", "sampler_logps", "trainer_logps",
-    "reward_parts", "reward_failures", "reward", "advantage", "counted", "finish_reason", "weight_version",
-)  # fmt: skip
 STEPS = 3
 """Steps of a run that are shown: the first, the last, and one between."""
 GROUPS = 2
@@ -36,7 +29,6 @@ PENDING = 4
 UNFINISHED = "\ufffd"
 
 Decode = Callable[[Sequence[int]], str]
-_FILE = re.compile(r"step-(\d{6,})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -47,38 +39,11 @@ class Piece:
     tokens: slice
 
 
-def ledger_files(run_dir: Path) -> dict[int, Path]:
-    """The ledger's files by step, ascending."""
-    folder = run_dir / "completions"
-    names = [(match, path) for path in folder.glob("step-*.parquet") if (match := _FILE.fullmatch(path.name))]
-    return dict(sorted((int(match[1]), path) for match, path in names))
-
-
 def chosen_steps(steps: Sequence[int]) -> list[int]:
     """The steps to show of those that were recorded: the first, the last, and evenly between."""
     if len(steps) <= STEPS:
         return list(steps)
     return [steps[round(place * (len(steps) - 1) / (STEPS - 1))] for place in range(STEPS)]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """A ledger file's completions.
-
-    Raises:
-        ValueError: it is no whole ledger file.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}): a ledger file is written whole; remove it") from None
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{path}: has no column {missing[0]}, so it is no ledger of completions; remove it")
-    return table.select(COLUMNS).to_pylist()
 
 
 def chosen_groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -209,15 +174,15 @@ def _text(text: str) -> str:
 
 def completions_html(run: RunRecord) -> str:
     """The samples of a run's ledger; empty where it has none."""
-    files = ledger_files(run.path)
-    if not files:
+    steps = recorded_steps(run.path)
+    if not steps:
         return ""
     decode, reason = open_decoder(run)
     parts = [] if decode else [f'<p class="note">Texts are shown whole, not by tokens: {_text(reason)}.</p>']
-    for step in chosen_steps(list(files)):
-        rows = read_rows(files[step])
+    for step in chosen_steps(steps):
+        rows = read_step(run.path, step)
         scale = max((abs(_number(row["advantage"])) for row in rows), default=0.0)
-        opened = " open" if step == max(files) else ""
+        opened = " open" if step == steps[-1] else ""
         parts.append(
             f"<details{opened}><summary>Step {step} <small>{len(rows)} completions, {len(_prompts(rows))} prompts"
             "</small></summary>"

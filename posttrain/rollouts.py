@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,10 @@ from posttrain.data.prompts import PromptRow
 from posttrain.losses.policy import ALGORITHMS
 from posttrain.samplers.base import Completion, Prompt, Sampler, SamplerError, Sampling
 from recipes.schema import RewardsSection, RLSection
-from rewards.base import Outcome, RewardInfo, RewardSpec
+from rewards.base import Outcome, RewardInfo
 from rewards.combination import Combined, FailureRule, combine
 from rewards.pool import PoolLimits, RewardPool
+from rewards.registry import specs_of
 
 START_SECONDS = 120.0
 """For a process that runs rewards to start and read the user's file."""
@@ -95,9 +97,7 @@ class Judge:
     """A recipe's rewards: their processes, and the rule for those that fail. Use it in a `with` statement."""
 
     def __init__(self, section: RewardsSection, *, reward_file: Path | None) -> None:
-        specs = [
-            RewardSpec(name, float(weight), section.options.get(name, {})) for name, weight in section.functions.items()
-        ]
+        specs = specs_of(section.functions, section.options)
         limits = PoolLimits(
             num_workers=section.num_workers,
             item_seconds=section.timeout_seconds,
@@ -256,3 +256,41 @@ def rollout_metrics(rollout: Rollout, rl: RLSection) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/truncated": float(np.mean([one.finish_reason == "length" for one in judged.completions])),
     }
+
+
+def ledger_rows(step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> list[dict[str, Any]]:
+    """A step's completions as `posttrain.ledger` keeps them.
+
+    Args:
+        step: completed steps, the update made of these completions included.
+        rollout: the completions with rewards and advantages.
+        trainer_logps: the trainer's log-probabilities before the update, float32 [n] each; None for those left out.
+    """
+    judged, group = rollout.judged, rollout.judged.num_generations
+    rows = []
+    for number, one in enumerate(judged.completions):
+        problem, outcomes, logps = judged.problems[number // group], judged.outcomes[number], trainer_logps[number]
+        rows.append(
+            {
+                "step": step,
+                "prompt_id": one.prompt_id,
+                "sample_index": one.sample_index,
+                "prompt": problem.text,
+                "completion": judged.texts[number],
+                "answer": problem.answer,
+                "prompt_ids": problem.token_ids,
+                "completion_ids": one.token_ids,
+                "sampler_logps": one.logprobs,
+                "trainer_logps": logps,
+                "reward_parts": [(outcome.reward, outcome.value) for outcome in outcomes],
+                "reward_failures": [
+                    (outcome.reward, f"{outcome.failure}: {outcome.detail}") for outcome in outcomes if outcome.failure
+                ],
+                "reward": float(judged.combined.totals[number]),
+                "advantage": float(rollout.advantages.flat[number]),
+                "counted": logps is not None,
+                "finish_reason": one.finish_reason,
+                "weight_version": one.weight_version,
+            }
+        )
+    return rows

@@ -21,13 +21,3 @@ def causal_mask(segment_ids: Int[Array, "B T"], window: int | Int[Array, ""] | N
         visible &= distance < window
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return visible[None] & same & (segment_ids[:, None, :] != 0)
-
-
-def cache_mask(
-    lengths: Int[Array, " B"], num_queries: int, num_keys: int, window: int | Int[Array, ""] | None
-) -> Bool[Array, "B T S"]:
-    """Query t of a row that held `lengths` tokens stands at cache index lengths + t and sees what is behind it."""
-    query = lengths[:, None] + jnp.arange(num_queries)[None, :]
-    distance = query[:, :, None] - jnp.arange(num_keys)[None, None, :]
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)

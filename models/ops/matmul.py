@@ -7,7 +7,6 @@ Elsewhere the two orders compile alike.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -28,10 +27,9 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    tokens = tuple(range(x.ndim - 1))
     grad_x = jax.lax.dot_general(grad, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    transposed = jnp.moveaxis(x, -1, 0)
-    grad_kernel = jax.lax.dot_general(transposed, grad, ((tuple(axis + 1 for axis in tokens), tokens), ((), ())))
+    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_kernel = jax.lax.dot_general(flat_x.T, flat_grad, (((1,), (0,)), ((), ())))
     return grad_x, grad_kernel
 
 

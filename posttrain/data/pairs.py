@@ -163,7 +163,7 @@ def pair_format(
         ValueError: the columns for the format are not there.
     """
     named = dict(source.columns)
-    columns = {role: named.get(role, role) for role in data.column_roles()}
+    columns = {role: named.get(role, role) for role in data.COLUMN_ROLES}
     missing = [role for role in columns if columns[role] not in features and (role in named or role not in OPTIONAL)]
     if missing:
         raise ValueError(

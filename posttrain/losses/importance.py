@@ -92,13 +92,5 @@ def sampler_metrics(
     }
 
 
-def ratio_bounds(
-    old_logps: Float[Array, "R T"], sampler_logps: Float[Array, "R T"], mask: Bool[Array, "R T"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The smallest and the largest trainer-to-sampler ratio of a counted token; (inf, 0) where there is none."""
-    ratio = _bounded_exp(old_logps - sampler_logps)
-    return jnp.where(mask, ratio, jnp.inf).min(), jnp.where(mask, ratio, 0.0).max()
-
-
 def _bounded_exp(values):
     return jnp.exp(jnp.clip(values, -EXP_BOUND, EXP_BOUND))

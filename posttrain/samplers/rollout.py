@@ -80,7 +80,7 @@ class SamplerRollout(BaseRollout):
         """The first four arguments are Tunix's.
 
         Args:
-            rollout_actor: the policy as Tunix knows it.
+            rollout_actor: the policy as Tunix knows it; not read.
             tokenizer: Tunix's adapter of the tokenizer.
             mesh: the policy's; engines have their own.
             rollout_config: of training; truncated sampling is refused there.
@@ -89,7 +89,7 @@ class SamplerRollout(BaseRollout):
             prompts: where keys are looked up; None for a run that samples without Tunix.
         """
         check_training_config(rollout_config)
-        self._actor, self._tokenizer = rollout_actor, tokenizer
+        self._tokenizer = tokenizer
         self._sampler, self._sync, self._prompts = sampler, sync, prompts
         self._logprobs: dict[bytes, list[Completion]] = {}
 
@@ -160,9 +160,9 @@ class SamplerRollout(BaseRollout):
         """The tokenizer's."""
         return self._tokenizer.eos_id()
 
-    def model(self) -> Any:
-        """The policy as Tunix knows it."""
-        return self._actor
+    def model(self) -> None:
+        """None: the engine's weights are its own, and Tunix syncs what it does not see shared."""
+        return None
 
     def _sample(self, keys: Sequence[str], sampling: Sampling) -> dict[str, list[Completion]]:
         """As many new completions of each key as it occurs, all that start at the same sample index in one call."""

@@ -24,7 +24,7 @@ from models.sharding import activation_mesh
 from models.tokenizer import load_tokenizer
 from posttrain.bundle import FrozenRole, ModelBundle, freeze
 from posttrain.losses.distillation import TeacherHidden, TeacherTopK, distillation_loss, teacher_top_k
-from posttrain.losses.features import feature_loss
+from posttrain.losses.features import add_feature_loss, feature_loss
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.on_policy import StudentRows, require_one_process
 from posttrain.trainers.sft import prepare_rows
@@ -231,8 +231,7 @@ def make_loss_fn(
         )
         if features:
             more = feature_loss(hidden[None], batch.hidden[None], mask, kind=section.feature_loss)
-            loss_sum = output.loss_sum + section.feature_coefficient * more.loss_sum
-            output = replace(output, loss_sum=loss_sum, metrics={**output.metrics, **more.metrics})
+            output = add_feature_loss(output, more, coefficient=section.feature_coefficient)
         alias = Mean(jax.lax.stop_gradient(output.loss_sum), output.weight_sum)
         return replace(output, metrics={**output.metrics, ALIAS: alias})
 

@@ -27,7 +27,7 @@ from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
 from posttrain.doctor import Doctor
 from posttrain.ledger import drop_after, write_step
-from posttrain.rollouts import Judge, Rollout, collect, rollout_metrics, sample
+from posttrain.rollouts import Judge, Rollout, collect, ledger_rows, rollout_metrics, sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import Prompts, load_reference, make_evaluator, prepare
@@ -138,6 +138,7 @@ class GRPO:
             mesh=self.setup.mesh,
             rules=self.setup.rules,
             tokenizer=self.tokenizer,
+            sampler=self.sampler,
             sync=self.sync,
             collect=self.collect,
             update=self.update,
@@ -247,5 +248,6 @@ class GRPO:
         row["policy/fill"] = float((self.packing.batch.segment_ids != 0).mean())
         # Here, and not after the step, which may end with a save: a step that is saved has its completions on disk.
         logps = unpack(np.asarray(metrics[ROWS + LOGPS]), self.packing, self.rollout.sequences)
-        write_step(self.attempt.dir, self.session.done, self.rollout, logps)
+        done = self.session.done
+        write_step(self.attempt.dir, done, ledger_rows(done, self.rollout, logps))
         return state, metrics

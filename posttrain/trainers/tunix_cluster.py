@@ -17,11 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
-from tunix.rl.rollout.base_rollout import BaseRollout, RolloutConfig
+from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.rl.trainer import Trainer
 
 from models.sharding import Rules, activation_mesh
 from models.tokenizer import Tokenizer
+from posttrain.samplers.base import Sampler
+from posttrain.samplers.rollout import SamplerRollout
 from posttrain.trainers.tunix_loop import NO_OPTIMIZER, driven_config, silent_logger
 from recipes.schema import GRPORecipe
 
@@ -118,43 +120,13 @@ class Learner(GRPOLearner):
             return OpaqueStep(self._collect())
 
 
-class SyncedRollout(BaseRollout):
-    """The engine as Tunix's cluster sees it: it takes over weights; completions come by way of the learner."""
-
-    def __init__(self, *, sync: Callable[[], None], **_: Any) -> None:
-        self._sync = sync
-
-    def update_params(self, params: Any, filter_types: Any = None) -> None:
-        """Hands the policy's weights to the engine."""
-        self._sync()
-
-    def generate(self, prompts: list[str], rollout_config: Any, **_: Any) -> Any:
-        """Not called: the learner's rollout is one call of ours."""
-        raise AssertionError("the learner collects a step's rollout in one call")
-
-    def get_per_token_logps(self, prompt_tokens: Any, completion_tokens: Any, **_: Any) -> Any:
-        """Not called: the update computes them over packed rows."""
-        raise AssertionError("log-probabilities are computed over packed rows")
-
-    def pad_id(self) -> int:
-        """Unread: padding is told by lengths."""
-        return 0
-
-    def eos_id(self) -> int:
-        """Unread, as pad_id."""
-        return 0
-
-    def model(self) -> None:
-        """The engine's weights are its own, and Tunix syncs what it doesn't see shared."""
-        return None
-
-
 def make_learner(
     recipe: GRPORecipe,
     *,
     mesh: Mesh,
     rules: Rules,
     tokenizer: Tokenizer,
+    sampler: Sampler,
     sync: Callable[[], None],
     collect: Callable[[], Any],
     update: Callable[[Any], tuple[jax.Array, None, jax.Array]],
@@ -166,6 +138,7 @@ def make_learner(
         mesh: the policy's.
         rules: of its activations.
         tokenizer: of its prompts.
+        sampler: the engine.
         sync: hands the policy's weights to the engine.
         collect: makes a step's rollout.
         update: makes a step's update of it.
@@ -180,7 +153,7 @@ def make_learner(
     )
     config = ClusterConfig(
         role_to_mesh={Role.ACTOR: mesh, Role.ROLLOUT: mesh},
-        rollout_engine=functools.partial(SyncedRollout, sync=sync),
+        rollout_engine=functools.partial(SamplerRollout, sampler=sampler, sync=sync),
         training_config=training,
         rollout_config=rollout,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,8 @@ class RecordMixtureEntry(Section):
 class RecordsSection(Section):
     """What the data sections of post-training share: where records come from, in which order, and how long rows are."""
 
+    COLUMN_ROLES: ClassVar[tuple[str, ...]]
+    """What a record's columns may hold; each kind of data says it."""
     path: str | None = None
     """A JSON, JSON Lines, Parquet or CSV file, or a folder of them; relative to the working folder."""
     name: str | None = None
@@ -78,12 +80,12 @@ class RecordsSection(Section):
         """Yields sources that are missing or named twice, unknown columns and buckets out of order."""
         yield from self._source_problems()
         for where, columns in [("columns", self.columns), *self._mixture_columns()]:
-            unknown = [role for role in columns if role not in self.column_roles()]
+            unknown = [role for role in columns if role not in self.COLUMN_ROLES]
             if unknown:
                 yield Problem(
                     f"{where}.{unknown[0]}",
                     columns[unknown[0]],
-                    f"no column is called so here; what a record may hold is {', '.join(self.column_roles())}",
+                    f"no column is called so here; what a record may hold is {', '.join(self.COLUMN_ROLES)}",
                     "use one of these as the key, with the column's name as its value",
                 )
             for role, column in columns.items():
@@ -97,11 +99,6 @@ class RecordsSection(Section):
                 f"the lengths rise from 1 to data.sequence_length={self.sequence_length} at most",
                 "sort them and drop what is longer",
             )
-
-    @classmethod
-    def column_roles(cls) -> tuple[str, ...]:
-        """What a record's columns may hold."""
-        raise NotImplementedError
 
     def _mixture_columns(self) -> Iterator[tuple[str, FrozenMap]]:
         for index, entry in enumerate(self.mixture):
@@ -168,10 +165,15 @@ class PosttrainDataSection(RecordsSection):
                 "buckets", list(self.buckets), "packed rows all have data.sequence_length", "set data.packing=false"
             )
 
-    @classmethod
-    def column_roles(cls) -> tuple[str, ...]:
-        """What a record's columns may hold."""
-        return ("messages", "tools", "prompt", "completion", "question", "answer", "text")
+    COLUMN_ROLES: ClassVar[tuple[str, ...]] = (
+        "messages",
+        "tools",
+        "prompt",
+        "completion",
+        "question",
+        "answer",
+        "text",
+    )
 
 
 class PreferenceDataSection(RecordsSection):
@@ -182,7 +184,4 @@ class PreferenceDataSection(RecordsSection):
     as_chat: Annotated[bool, OnlyWhen("data.format", "auto", "text")] = False
     """Lay strings out with the tokenizer's chat template: the prompt as a user's message, the answers as replies."""
 
-    @classmethod
-    def column_roles(cls) -> tuple[str, ...]:
-        """What a record's columns may hold."""
-        return ("prompt", "chosen", "rejected", "tools")
+    COLUMN_ROLES: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected", "tools")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from posttrain.ledger import completions_dir, completions_path, drop_after, read_step, recorded_steps, write_step
-from posttrain.rollouts import Rollout, weigh
+from posttrain.rollouts import Rollout, ledger_rows, weigh
 from recipes.schema import RLSection
 from tests.posttrain.rollout_parts import completion, judge, problem
 
@@ -36,7 +36,7 @@ def logps(made: Rollout) -> list[np.ndarray | None]:
 
 def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
     made = rollout(version=11)
-    path = write_step(tmp_path, 12, made, logps(made))
+    path = write_step(tmp_path, 12, ledger_rows(12, made, logps(made)))
     assert path == tmp_path / "completions" / "step-000012.parquet"
     found = read_step(tmp_path, 12)
     assert [(one["prompt_id"], one["sample_index"]) for one in found] == [(7, 0), (7, 1), (3, 0), (3, 1)]
@@ -68,7 +68,7 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_floats_keep_their_bits(tmp_path: Path) -> None:
     made = rollout()
     odd = np.array([np.nan, -np.inf, -1e-45, np.float32(1) / 3], np.float32)[: len(made.sequences[0].completion)]
-    write_step(tmp_path, 1, made, [odd, *logps(made)[1:]])
+    write_step(tmp_path, 1, ledger_rows(1, made, [odd, *logps(made)[1:]]))
     found = np.array(read_step(tmp_path, 1)[0]["trainer_logps"], np.float32)
     assert found.tobytes() == odd.tobytes()
 
@@ -76,14 +76,14 @@ def test_floats_keep_their_bits(tmp_path: Path) -> None:
 def test_equal_steps_are_equal_files(tmp_path: Path) -> None:
     """So that a resumed run's ledger is the straight run's, byte for byte."""
     made = rollout()
-    paths = [write_step(tmp_path / name, 1, made, logps(made)) for name in ("one", "other")]
+    paths = [write_step(tmp_path / name, 1, ledger_rows(1, made, logps(made))) for name in ("one", "other")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_steps_behind_a_resumed_one_are_dropped_with_what_a_kill_left(tmp_path: Path) -> None:
     made = rollout()
     for step in (1, 2, 3, 10, 1_000_000):
-        write_step(tmp_path, step, made, logps(made))
+        write_step(tmp_path, step, ledger_rows(step, made, logps(made)))
     (completions_dir(tmp_path) / ".tmp-step-000004.parquet").write_bytes(b"half")
     (completions_dir(tmp_path) / "notes.txt").write_text("a user's own")
     assert recorded_steps(tmp_path) == [1, 2, 3, 10, 1_000_000]
@@ -99,7 +99,7 @@ def test_steps_behind_a_resumed_one_are_dropped_with_what_a_kill_left(tmp_path: 
 
 def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = rollout(version=0), rollout(version=1, length=9)
-    write_step(tmp_path, 1, first, logps(first))
+    write_step(tmp_path, 1, ledger_rows(1, first, logps(first)))
     before = completions_path(tmp_path, 1).read_bytes()
 
     def full(*_: object) -> None:
@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
-            write_step(tmp_path, 1, second, logps(second))
+            write_step(tmp_path, 1, ledger_rows(1, second, logps(second)))
     assert completions_path(tmp_path, 1).read_bytes() == before
     drop_after(tmp_path, 1)
     assert [path.name for path in completions_dir(tmp_path).iterdir()] == ["step-000001.parquet"]
@@ -118,7 +118,7 @@ def test_a_step_without_a_file_or_with_a_damaged_one_is_told(tmp_path: Path) -> 
     made = rollout()
     with pytest.raises(ValueError, match="steps none were recorded; name one of them"):
         read_step(tmp_path, 1)
-    path = write_step(tmp_path, 3, made, logps(made))
+    path = write_step(tmp_path, 3, ledger_rows(3, made, logps(made)))
     with pytest.raises(ValueError, match=r"step-000001\.parquet: there is no such file: steps \[3\] were recorded"):
         read_step(tmp_path, 1)
     whole = path.read_bytes()
@@ -132,7 +132,7 @@ def write_for_ever(run_dir: str) -> None:
     """Writes step after step, until it is killed."""
     made = rollout(length=4000)
     for step in range(1, 100_000):
-        write_step(Path(run_dir), step, made, logps(made))
+        write_step(Path(run_dir), step, ledger_rows(step, made, logps(made)))
 
 
 def test_a_file_is_whole_or_absent_after_a_kill(tmp_path: Path) -> None:

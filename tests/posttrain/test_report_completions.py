@@ -12,21 +12,19 @@ import pytest
 from models.tokenizer import load_tokenizer
 from posttrain.data.policy_rows import SampledSequence
 from posttrain.data.prompts import PromptRow
-from posttrain.ledger import completions_path, recorded_steps, write_step
+from posttrain.ledger import completions_path, read_step, recorded_steps, write_step
 from posttrain.report_completions import (
     LEVELS,
     MAX_TOKENS,
     chosen_groups,
     chosen_steps,
     completions_html,
-    ledger_files,
     pieces,
-    read_rows,
     shade,
     shaded_html,
 )
 from posttrain.report_runs import RunRecord
-from posttrain.rollouts import Judged, Rollout
+from posttrain.rollouts import Judged, Rollout, ledger_rows
 from posttrain.samplers.base import Completion
 from recipes.schema import TokenizerSection
 from rewards.base import Outcome
@@ -69,15 +67,15 @@ def test_the_report_reads_what_the_ledger_writes(tmp_path):
     rollout = make_rollout()
     trainer = [None if i == 2 else np.full(len(one.completion), -0.5) for i, one in enumerate(rollout.sequences)]
     for step in (2, 10):
-        write_step(tmp_path, step, rollout, trainer)
-    assert ledger_files(tmp_path) == {step: completions_path(tmp_path, step) for step in recorded_steps(tmp_path)}
-    rows = read_rows(completions_path(tmp_path, 10))
+        write_step(tmp_path, step, ledger_rows(step, rollout, trainer))
+    assert recorded_steps(tmp_path) == [2, 10]
+    rows = read_step(tmp_path, 10)
     assert [row["completion"] for row in rows] == list(TEXTS)
     assert [row["counted"] for row in rows] == [True, True, False, True]
 
 
 def test_samples_show_texts_rewards_and_failures_and_escape_markup(tmp_path):
-    write_step(tmp_path, 1, make_rollout(), [None, None, None, None])
+    write_step(tmp_path, 1, ledger_rows(1, make_rollout(), [None, None, None, None]))
     text = completions_html(record(tmp_path))
     assert "<b>4</b>" not in text.replace("<b>4</b></p>", "") and "&lt;" in text
     for shown in ("reward 1", "advantage +1.00", "exact: timeout: after 10 s", "exact failed", "cut off", "left out"):
@@ -95,7 +93,7 @@ print(sorted({"jax", "jaxlib", "flax", "torch", "tunix", "vllm", "wandb"} & set(
 
 
 def test_a_report_is_made_without_jax(tmp_path):
-    write_step(tmp_path, 1, make_rollout(), [None] * 4)
+    write_step(tmp_path, 1, ledger_rows(1, make_rollout(), [None] * 4))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "attempt": 1, "time": 0.0, "policy/kl": 1.0}) + "\n")
     (tmp_path / "resolved.yaml").write_text("kind: grpo\ntokenizer: {path: bytes}\n")
     done = subprocess.run(
@@ -112,7 +110,7 @@ def test_a_run_without_a_ledger_has_no_samples(tmp_path):
 
 
 def test_a_missing_tokenizer_leaves_whole_texts_and_says_why(tmp_path):
-    write_step(tmp_path, 1, make_rollout(), [None] * 4)
+    write_step(tmp_path, 1, ledger_rows(1, make_rollout(), [None] * 4))
     for name in ("owner/never-downloaded", "./absent.model"):
         text = completions_html(record(tmp_path, name))
         assert name in text and "&lt;b&gt;4&lt;/b&gt;" in text
@@ -147,8 +145,8 @@ def test_a_token_is_shaded_by_advantage_times_one_minus_its_probability(advantag
 def test_each_token_has_its_shade_and_log_probabilities(tmp_path):
     rollout = make_rollout()
     trainer = [np.full(len(one.completion), math.log(0.5), np.float32) for one in rollout.sequences]
-    write_step(tmp_path, 1, rollout, trainer)
-    best, worst, _, newline = read_rows(completions_path(tmp_path, 1))
+    write_step(tmp_path, 1, ledger_rows(1, rollout, trainer))
+    best, worst, _, newline = read_step(tmp_path, 1)
     # Two bytes spell é, so they share a span; the scale is the step's greatest advantage, 1: 1 + round(4 * 0.5) = 3.
     assert '<span class="tg3" title="id 195, sampler -0.700, trainer -0.693; id 169' in shaded_html(best, decode, 1.0)
     assert shaded_html(best, decode, 1.0).count('class="tg3"') == len(best["completion_ids"]) - 1
@@ -174,15 +172,15 @@ def test_pieces_join_to_the_whole_text_whatever_the_tokens():
 
 def test_a_long_completion_is_cut_and_the_rest_counted(tmp_path):
     rollout = make_rollout(texts=("x" * (MAX_TOKENS + 9), "5", "", "4"))
-    write_step(tmp_path, 1, rollout, [None] * 4)
-    row = read_rows(completions_path(tmp_path, 1))[0]
+    write_step(tmp_path, 1, ledger_rows(1, rollout, [None] * 4))
+    row = read_step(tmp_path, 1)[0]
     # The end token is one more.
     assert "and 10 more tokens" in shaded_html(row, decode, 1.0)
 
 
 def test_a_credential_in_a_completion_is_not_shown(tmp_path):
     key = "hf_" + "CanaryCanaryCanaryCanary1234567890"
-    write_step(tmp_path, 1, make_rollout(texts=(f"my key is {key}", "5", "", "4")), [None] * 4)
+    write_step(tmp_path, 1, ledger_rows(1, make_rollout(texts=(f"my key is {key}", "5", "", "4")), [None] * 4))
     text = completions_html(record(tmp_path))
     assert "my key is" in text and "Canary" not in text
 

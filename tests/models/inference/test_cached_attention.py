@@ -9,7 +9,6 @@ from models.inference import attention
 from models.inference.attention import cached_attention
 from models.inference.cache import KVCache, insert, write_layer
 from models.ops.attention import dot_product_attention
-from models.ops.masks import cache_mask
 
 L, B, K, N, H = 2, 4, 2, 8, 6
 LAYER = 1
@@ -49,7 +48,8 @@ def test_it_equals_plain_attention_under_the_caches_mask(
         keys, values = np.array(cache.key[LAYER]), np.array(cache.value[LAYER])
         for row, length in enumerate(cache.lengths):
             keys[row, length : length + T], values[row, length : length + T] = key[row], value[row]
-        mask = cache_mask(cache.lengths, T, capacity, window)
+        distance = (cache.lengths[:, None] + jnp.arange(T))[:, :, None] - jnp.arange(capacity)
+        mask = (distance >= 0) & (distance < (capacity if window is None else window))
         expected = dot_product_attention(
             query, jnp.asarray(keys), jnp.asarray(values), mask, scale=0.3, softcap=softcap
         )

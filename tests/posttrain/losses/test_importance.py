@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain.losses.importance import ratio_bounds, sampler_weights
+from posttrain.losses.importance import sampler_weights
 
 # Two sequences in a row, of two tokens and one, and a token of padding. old / sampler: 1/2, 3 and 4.
 OLD = jnp.log(jnp.asarray([[0.1, 0.6, 0.8, 1.0]]))
@@ -35,10 +35,3 @@ def test_weights_are_constants_for_differentiation():
         return sampler_weights(old, SAMPLER, MASK, SEGMENTS, correction="token", cap=10.0, max_segments=2).sum()
 
     assert not np.any(jax.grad(total)(OLD))
-
-
-def test_bounds_are_those_of_counted_tokens():
-    low, high = ratio_bounds(OLD, SAMPLER, MASK)
-    np.testing.assert_allclose([low, high], [0.5, 4.0], rtol=1e-6)
-    low, high = ratio_bounds(OLD, SAMPLER, jnp.zeros_like(MASK))
-    assert (float(low), float(high)) == (np.inf, 0.0)
