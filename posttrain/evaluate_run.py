@@ -21,8 +21,13 @@ from recipes.schema import GRPORecipe
 logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedRecipe, argv: Sequence[str]) -> tuple[Path, Report]:
+def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None = None) -> tuple[Path, Report]:
     """Evaluates, and writes what it found into a run's folder of its own.
+
+    Args:
+        loaded: the recipe.
+        argv: the command line, for the run's provenance.
+        reward_file: a user's Python file of rewards, which join the recipe's.
 
     Returns:
         The folder of the files, and the report.
@@ -47,7 +52,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> tuple[Path, Report]:
             params = role_params(recipe.model, setup.model, placement, verify=verify, seed=recipe.train.seed)
             longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
             folder = attempt.dir / "evaluations"
-            with Judge(recipe.rewards, reward_file=None) as judge:
+            with Judge(recipe.rewards, reward_file=reward_file) as judge:
                 evaluator = make_evaluator(recipe, prompts.held_out, tokenizer, judge)
                 assert evaluator is not None
                 sampler = make_sampler(

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -50,8 +51,13 @@ from rewards.combination import total_range
 logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
+def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None = None) -> Result:
     """Runs a recipe of kind grpo to its end; errors as in `posttrain.trainers.sft.run`.
+
+    Args:
+        loaded: the recipe.
+        argv: the command line, for the run's provenance.
+        reward_file: a user's Python file of rewards, which join the recipe's.
 
     Raises:
         SamplerError: the engine failed, or does not hold the policy.
@@ -65,7 +71,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
         setup, prompts = prepare(recipe, tokenizer)
         with create_run(recipe, argv, True) as attempt:
             logger.info(attempt.story)
-            with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=None) as judge:
+            with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=reward_file) as judge:
                 longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
                 folder = attempt.dir / "sampler"
                 sampler = make_sampler(recipe.sampler, setup.model, tokenizer, folder=folder, max_length=longest)
