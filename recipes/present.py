@@ -65,7 +65,7 @@ def field_docs(section: type[BaseModel]) -> dict[str, str]:
     for owner in reversed(section.__mro__):
         if issubclass(owner, BaseModel) and owner is not BaseModel:
             docs.update(_docs_in_class_body(owner))
-    return docs
+    return {name: doc for name, doc in docs.items() if name in section.model_fields}
 
 
 def _docs_in_class_body(owner: type[BaseModel]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, model_validator
 
 from recipes.sections.alignment import DistillSection, DPOSection, LoraSection, TeacherSection
 from recipes.sections.base import (
+    FrozenDict,
     FrozenMap,
     OnlyWhen,
     Problem,
@@ -28,6 +29,7 @@ from recipes.sections.base import (
 )
 from recipes.sections.data import DataSection, EvalSection, MixtureEntry
 from recipes.sections.model import MESH_AXES, MeshSection, ModelSection, TokenizerSection
+from recipes.sections.pipeline import ExportSection, StoriesSection
 from recipes.sections.posttrain_data import PosttrainDataSection, PreferenceDataSection, RecordsSection
 from recipes.sections.reinforcement import (
     DoctorSection,
@@ -42,10 +44,11 @@ from recipes.sections.training import OptimizerSection, ScheduleSection, TrainSe
 
 __all__ = [
     "MESH_AXES", "RECIPE_KINDS", "CheckpointSection", "DPORecipe", "DPOSection", "DataSection", "DistillRecipe",
-    "DistillSection", "DoctorSection", "EvalSection", "FrozenMap", "GRPORecipe", "LoggingSection", "MeshSection",
-    "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection", "PosttrainDataSection", "PreferenceDataSection",
-    "PretrainRecipe", "Problem", "PromptDataSection", "RLEvalSection", "RLSection", "Recipe", "RewardsSection",
-    "RowsRecipe", "RuleError", "RunSection", "SFTRecipe", "SamplerSection", "ScheduleSection", "Section",
+    "DistillSection", "DoctorSection", "EvalRecipe", "EvalSection", "ExportRecipe", "ExportSection", "FrozenMap",
+    "GRPORecipe", "LoggingSection", "MeshSection", "MixtureEntry", "ModelSection", "OnlyWhen", "OptimizerSection",
+    "PipelineRecipe", "PosttrainDataSection", "PreferenceDataSection", "PretrainRecipe", "Problem", "ProblemsRecipe",
+    "PromptDataSection", "RLEvalSection", "RLSection", "Recipe", "RewardsSection", "RowsRecipe", "RuleError",
+    "RunSection", "SFTRecipe", "SamplerSection", "ScheduleSection", "Section", "StoriesRecipe", "StoriesSection",
     "TeacherSection", "TokenizerSection", "TrainSection", "TrainingRecipe", "Unless", "conditions",
     "effective_values", "flatten", "plain", "recipe_hash", "spell",
 ]  # fmt: skip
@@ -233,19 +236,17 @@ class DistillRecipe(RowsRecipe):
             )
 
 
-class GRPORecipe(TrainingRecipe):
-    """Reinforcement learning from verifiable rewards: GRPO and its kin."""
+class ProblemsRecipe(TrainingRecipe):
+    """What every kind of recipe has whose model solves problems that rewards judge."""
 
-    kind: Literal["grpo"] = "grpo"
     data: PromptDataSection
     rl: RLSection = RLSection()
     sampler: SamplerSection = SamplerSection()
     rewards: RewardsSection = RewardsSection()
-    doctor: DoctorSection = DoctorSection()
     eval: RLEvalSection = RLEvalSection()
 
     def cross_problems(self) -> Iterator[Problem]:
-        """Yields the rules of reinforcement learning that need several sections; keys are dotted."""
+        """Yields the rules of sampling from a model that need several sections; keys are dotted."""
         yield from super().cross_problems()
         yield from self.tokenizer_problems("prompts are text")
         if self.model.framework == "linen":
@@ -254,13 +255,6 @@ class GRPORecipe(TrainingRecipe):
                 "linen",
                 "the policy is sampled from and trained as an NNX model",
                 "set model.framework=nnx; a Linen checkpoint loads into it",
-            )
-        if self.train.gradient_accumulation_steps != 1:
-            yield Problem(
-                "train.gradient_accumulation_steps",
-                self.train.gradient_accumulation_steps,
-                "rows are packed first, and then split into as many micro-batches as train.per_device_batch_size asks",
-                "leave it at 1",
             )
         if self.model.dropout_rate > 0.0:
             yield Problem(
@@ -271,9 +265,76 @@ class GRPORecipe(TrainingRecipe):
             )
 
 
+class GRPORecipe(ProblemsRecipe):
+    """Reinforcement learning from verifiable rewards: GRPO and its kin."""
+
+    kind: Literal["grpo"] = "grpo"
+    doctor: DoctorSection = DoctorSection()
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of reinforcement learning that need several sections; keys are dotted."""
+        yield from super().cross_problems()
+        if self.train.gradient_accumulation_steps != 1:
+            yield Problem(
+                "train.gradient_accumulation_steps",
+                self.train.gradient_accumulation_steps,
+                "rows are packed first, and then split into as many micro-batches as train.per_device_batch_size asks",
+                "leave it at 1",
+            )
+
+
+class EvalRecipe(ProblemsRecipe):
+    """Problems for a model to solve: those held out, where data names some, and otherwise all that it names.
+
+    It has the sections of reinforcement learning, so that such a recipe can be its base; of rl it reads the lengths.
+    """
+
+    kind: Literal["eval"] = "eval"
+
+
+class StoriesRecipe(Recipe):
+    """Generated data, as the first stage of a pipeline."""
+
+    kind: Literal["stories"] = "stories"
+    stories: StoriesSection = StoriesSection()
+
+
+class ExportRecipe(Recipe):
+    """A checkpoint as a Hugging Face folder that an engine opens, as a stage of a pipeline."""
+
+    kind: Literal["export"] = "export"
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: PromptDataSection
+    export: ExportSection = ExportSection()
+    sampler: SamplerSection = SamplerSection()
+
+
+class PipelineRecipe(Recipe):
+    """Stages that run one after the other, each a recipe of another kind; `recipes.stages` reads and checks them."""
+
+    kind: Literal["pipeline"] = "pipeline"
+    common: FrozenDict = FrozenMap()
+    """Sections that every stage has whose kind knows them; a stage's own keys win."""
+    stages: FrozenDict
+    """Name to recipe, in order. `base` names a recipe to build on, `from` the stage to begin with; null drops one."""
+
+    def cross_problems(self) -> Iterator[Problem]:
+        """Yields the rules of the whole; those of single stages are told with the stage."""
+        yield from super().cross_problems()
+        if self.run.resume == "must":
+            yield Problem(
+                "run.resume",
+                "must",
+                "a pipeline goes on with whatever its folder holds",
+                "leave it at auto, or set never to refuse a folder that holds anything",
+            )
+
+
 SECTION_ORDER = (
     "kind", "model", "teacher", "tokenizer", "data", "lora", "dpo", "distill", "rl", "sampler", "rewards", "doctor",
-    "eval", "optimizer", "schedule", "train", "mesh", "checkpoint", "run", "logging",
+    "eval", "stories", "export", "optimizer", "schedule", "train", "mesh", "checkpoint", "common", "stages", "run",
+    "logging",
 )  # fmt: skip
 """How a recipe is printed."""
 
@@ -283,6 +344,10 @@ RECIPE_KINDS: dict[str, type[Recipe]] = {
     "dpo": DPORecipe,
     "distill": DistillRecipe,
     "grpo": GRPORecipe,
+    "eval": EvalRecipe,
+    "stories": StoriesRecipe,
+    "export": ExportRecipe,
+    "pipeline": PipelineRecipe,
 }
 
 

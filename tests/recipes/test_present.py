@@ -50,7 +50,7 @@ def test_mapping_from_several_places_names_them_all(tmp_path):
 def test_every_field_of_every_section_is_documented_in_one_line():
     for recipe in RECIPE_KINDS.values():
         for name, field in recipe.model_fields.items():
-            if name == "kind":
+            if name in ("kind", "common", "stages"):
                 continue
             docs = field_docs(field.annotation)
             assert set(docs) == set(field.annotation.model_fields), name
