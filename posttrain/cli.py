@@ -22,6 +22,7 @@ from posttrain.verbs import convert as convert_verb
 from posttrain.verbs import evaluate as evaluate_verb
 from posttrain.verbs import generate as generate_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
+from posttrain.verbs import pipeline as pipeline_verb
 from posttrain.verbs import report as report_verb
 from posttrain.verbs import stories as stories_verb
 from posttrain.verbs import wandb_workspace as wandb_workspace_verb
@@ -228,6 +229,7 @@ def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
 
 
 app.command(name="eval")(evaluate_verb.make_eval(open_recipe))
+app.command(name="pipeline")(pipeline_verb.make_pipeline(open_recipe))
 
 
 def check_model(loaded: LoadedRecipe) -> None:

@@ -1,22 +1,29 @@
-"""An evaluation on its own: the model of a grpo recipe on its held-out problems."""
+"""An evaluation on its own: a model on problems that it was not trained on."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.checkpoints.hf_config import resolve_config
 from models.checkpoints.loader import Placement
+from models.functional import FunctionalModel
+from models.mesh import make_mesh
 from models.sharding import activation_mesh
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizer
+from posttrain.data.problems import load_all, prompt_set
+from posttrain.data.prompts import PromptRow
 from posttrain.evaluate import Report
+from posttrain.reward_file import hold_to_reward_file
 from posttrain.rollouts import Judge
 from posttrain.samplers.choose import make_sampler
-from posttrain.trainers.grpo_setup import make_evaluator, prepare
+from posttrain.trainers.grpo_setup import make_evaluator
 from posttrain.trainers.on_policy import require_one_process
 from pretrain.runtime import runtime
+from pretrain.setup import check_lengths, mesh_rules
 from pretrain.start import role_params
 from recipes.load import LoadedRecipe
 from recipes.rundir import create_run
-from recipes.schema import GRPORecipe
+from recipes.schema import ProblemsRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +32,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
     """Evaluates, and writes what it found into a run's folder of its own.
 
     Args:
-        loaded: the recipe.
+        loaded: a recipe of kind eval or grpo.
         argv: the command line, for the run's provenance.
         reward_file: a user's Python file of rewards, which join the recipe's.
 
@@ -37,31 +44,51 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
         SamplerError: the engine failed, or does not hold the model.
     """
     recipe = loaded.recipe
-    assert isinstance(recipe, GRPORecipe), recipe.kind
+    assert isinstance(recipe, ProblemsRecipe), recipe.kind
     with runtime(recipe.train, recipe.mesh):
         require_one_process()
         tokenizer = load_tokenizer(recipe.tokenizer)
-        setup, prompts = prepare(recipe, tokenizer)
-        if not prompts.held_out:
-            raise ValueError(
-                f"{loaded.source}: data: names no held-out problems; set data.eval_split, data.eval_name or "
-                "data.eval_path"
-            )
-        with create_run(recipe, argv, True) as attempt, activation_mesh(setup.mesh, setup.rules):
-            placement, verify = Placement(setup.mesh, setup.rules), recipe.checkpoint.verify
-            params = role_params(recipe.model, setup.model, placement, verify=verify, seed=recipe.train.seed)
-            longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
+        rows = problems_of(recipe, tokenizer, source=loaded.source)
+        config = resolve_config(recipe.model)
+        longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
+        check_lengths(longest, config)
+        model = FunctionalModel(config, recipe.model)
+        mesh, rules = make_mesh(recipe.mesh), mesh_rules(recipe.mesh.rules)
+        with (
+            Judge(recipe.rewards, reward_file=reward_file) as judge,
+            create_run(recipe, argv, True) as attempt,
+            activation_mesh(mesh, rules),
+        ):
+            hold_to_reward_file(attempt, reward_file)
+            evaluator = make_evaluator(recipe, rows, tokenizer, judge)
+            assert evaluator is not None
+            verify, seed = recipe.checkpoint.verify, recipe.train.seed
+            params = role_params(recipe.model, model, Placement(mesh, rules), verify=verify, seed=seed)
+            sampler = make_sampler(recipe.sampler, model, tokenizer, folder=attempt.dir / "sampler", max_length=longest)
+            try:
+                sampler.sync(params, 0)
+                report = evaluator(sampler)
+            finally:
+                sampler.close()
             folder = attempt.dir / "evaluations"
-            with Judge(recipe.rewards, reward_file=reward_file) as judge:
-                evaluator = make_evaluator(recipe, prompts.held_out, tokenizer, judge)
-                assert evaluator is not None
-                sampler = make_sampler(
-                    recipe.sampler, setup.model, tokenizer, folder=attempt.dir / "sampler", max_length=longest
-                )
-                try:
-                    sampler.sync(params, 0)
-                    report = evaluator(sampler)
-                finally:
-                    sampler.close()
             report.write(folder, "evaluation")
             return folder, report
+
+
+def problems_of(recipe: ProblemsRecipe, tokenizer: Tokenizer, *, source: str) -> Sequence[PromptRow]:
+    """The problems to solve: those held out, and in a recipe of kind eval that holds out none, all.
+
+    Raises:
+        ValueError: a recipe of another kind names no held-out problems.
+    """
+    data = recipe.data
+    problems = load_all(data)
+    asked, limit = problems.held_out, data.num_eval_problems
+    if not asked and recipe.kind != "eval":
+        raise ValueError(
+            f"{source}: data: names no held-out problems; set data.eval_split, data.eval_name or data.eval_path"
+        )
+    if not asked:
+        asked, limit = problems.train, data.num_problems
+    length = recipe.rl.max_prompt_length
+    return prompt_set(asked, data, tokenizer, recipe.tokenizer, max_prompt_length=length, limit=limit).rows

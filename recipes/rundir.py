@@ -33,6 +33,8 @@ from recipes.yaml_text import dump_inline
 # goes on. Everything else decides the numbers, and a run has one answer to that.
 _FREE_ON_RESUME = re.compile(
     r"run\..*|logging\..*|checkpoint\..*|eval\..*|mesh\..*|data\.eval_.*|data\.num_workers_threads|data\.prefetch_buffer"
+    # Each stage of a pipeline is a run of its own, and holds to its own recipe.
+    r"|common(\..*)?|stages(\..*)?"
     r"|train\.(steps|on_nonfinite|shardy|loss_chunk_size)|optimizer\.(memory|shard_over_data)|model\.(remat|attention)"
 )
 
@@ -172,10 +174,15 @@ def create_run(recipe: Recipe, argv: Sequence[str], is_main: bool | None = None)
 
 def record_devices(run: Run, devices: Sequence[str]) -> None:
     """Adds the devices to this attempt's record, once JAX knows them; only the main process writes."""
+    record_fact(run, "devices", list(devices))
+
+
+def record_fact(run: Run, name: str, value: Any) -> None:
+    """Adds what was found out after its start to this attempt's record, a JSON value; only the main process writes."""
     if not run.is_main:
         return
     attempts = read_attempts(run.dir)
-    attempts[-1]["devices"] = list(devices)
+    attempts[-1][name] = value
     _write_attempts(run.dir, attempts)
 
 

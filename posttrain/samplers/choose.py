@@ -39,23 +39,36 @@ def make_sampler(
     """
     engine: str = section.engine
     if engine == "auto":
-        engine, why = _best_engine(model)
+        engine, why = best_engine(model)
         logger.info("sampler: %s (%s)", engine, why)
-    proofs = proof_settings(model.options.compute_dtype, every=section.probe_interval)
     if engine == "native":
-        return NativeSampler(
-            model,
-            num_slots=section.num_slots,
-            max_length=max_length,
-            steps_per_call=STEPS_PER_CALL,
-            tokenizer=tokenizer,
-            on_progress=None,
-            proof_settings=proofs,
-        )
+        return make_native(section, model, tokenizer, max_length=max_length)
     from posttrain.samplers.vllm import VLLMSampler
 
+    settings = engine_settings(section, folder=folder, max_length=max_length, holds_weights=False)
+    proofs = proof_settings(model.options.compute_dtype, every=section.probe_interval)
+    return VLLMSampler(model, tokenizer, settings=settings, proof_settings=proofs)
+
+
+def make_native(
+    section: SamplerSection, model: FunctionalModel, tokenizer: Tokenizer, *, max_length: int
+) -> NativeSampler:
+    """The engine in JAX, which every model has; arguments as for `make_sampler`."""
+    return NativeSampler(
+        model,
+        num_slots=section.num_slots,
+        max_length=max_length,
+        steps_per_call=STEPS_PER_CALL,
+        tokenizer=tokenizer,
+        on_progress=None,
+        proof_settings=proof_settings(model.options.compute_dtype, every=section.probe_interval),
+    )
+
+
+def engine_settings(section: SamplerSection, *, folder: Path, max_length: int, holds_weights: bool) -> EngineSettings:
+    """How vLLM is started for a recipe; arguments as for `make_sampler`, and as `EngineSettings.holds_weights`."""
     on_cpu = jax.default_backend() == "cpu"
-    settings = EngineSettings(
+    return EngineSettings(
         folder=folder,
         max_length=max_length,
         max_sequences=section.num_slots,
@@ -65,11 +78,12 @@ def make_sampler(
         start_seconds=START_SECONDS,
         answer_seconds=section.timeout_seconds,
         threads=None,
+        holds_weights=holds_weights,
     )
-    return VLLMSampler(model, tokenizer, settings=settings, proof_settings=proofs)
 
 
-def _best_engine(model: FunctionalModel) -> tuple[str, str]:
+def best_engine(model: FunctionalModel) -> tuple[str, str]:
+    """The engine that `auto` takes, and why."""
     try:
         build = installed_build()
         check_model(model.config, build)

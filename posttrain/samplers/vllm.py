@@ -66,7 +66,11 @@ class SyncReport:
 
 
 class VLLMSampler:
-    """A `posttrain.samplers.base.Sampler` on vLLM. Weights come with the first `sync`; before it nothing is sampled."""
+    """A `posttrain.samplers.base.Sampler` on vLLM.
+
+    Weights come with the first `sync`, and nothing is sampled before it, unless the engine reads them from its folder
+    (`EngineSettings.holds_weights`), as version 0.
+    """
 
     def __init__(
         self,
@@ -84,9 +88,10 @@ class VLLMSampler:
         """
         self.model, self.settings, self._tokenizer, self._proof = model, settings, tokenizer, proof_settings
         build, dtype = _checked_build(model, settings), model.options.compute_dtype
-        write_model_folder(settings.folder, model.config, tokenizer, dtype=dtype, max_length=settings.max_length)
+        if not settings.holds_weights:
+            write_model_folder(settings.folder, model.config, tokenizer, dtype=dtype, max_length=settings.max_length)
         PROCESS.claim()
-        self._version, self._syncs, self._closed = -1, 0, False
+        self._version, self._syncs, self._closed = 0 if settings.holds_weights else -1, 0, False
         self.last_sync: SyncReport | None = None
         self._thread = EngineThread()
         start = partial(_start, settings, dtype, build)
@@ -356,7 +361,7 @@ def _start(settings: EngineSettings, dtype: str, build: str) -> Any:
             torch.set_num_threads(settings.threads or int(threads.partition(",")[0]))
         llm = LLM(
             model=str(settings.folder),
-            load_format="dummy",
+            load_format="auto" if settings.holds_weights else "dummy",
             dtype=dtype,
             enforce_eager=settings.eager,
             # One position more, for the token that vLLM samples behind a sequence that it scores.

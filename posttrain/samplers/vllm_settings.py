@@ -39,6 +39,8 @@ class EngineSettings:
     """How long the engine may take from one sign of life to the next: a decoding step, or a tensor of a sync."""
     threads: int | None = None
     """CPU threads of its kernels; None takes OMP_NUM_THREADS, or all cores where that is not set."""
+    holds_weights: bool = False
+    """Whether `folder` is a Hugging Face checkpoint, which the engine reads as any user's would; nothing is written."""
 
 
 def installed_build(names: Sequence[str] = (CPU_BUILD, CUDA_BUILD, TPU_BUILD)) -> str:

@@ -28,6 +28,7 @@ from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
 from posttrain.doctor import Doctor
 from posttrain.ledger import drop_after, write_step
+from posttrain.reward_file import hold_to_reward_file
 from posttrain.rollouts import Judge, Rollout, collect, ledger_rows, rollout_metrics, sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
@@ -70,6 +71,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
         tokenizer = load_tokenizer(recipe.tokenizer)
         setup, prompts = prepare(recipe, tokenizer)
         with create_run(recipe, argv, True) as attempt:
+            hold_to_reward_file(attempt, reward_file)
             logger.info(attempt.story)
             with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=reward_file) as judge:
                 longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length

@@ -1,5 +1,6 @@
 """The parts of a reinforcement-learning run, checked before anything is sampled."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from posttrain.evaluate import Evaluator
 from posttrain.rollouts import Judge
 from pretrain.setup import ModelSetup, SessionSetup, prepare_model
 from pretrain.start import role_params
-from recipes.schema import GRPORecipe
+from recipes.schema import GRPORecipe, ProblemsRecipe
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> FrozenRole | None:
 
 
 def make_evaluator(
-    recipe: GRPORecipe, rows: Sequence[PromptRow], tokenizer: Tokenizer, judge: Judge
+    recipe: ProblemsRecipe, rows: Sequence[PromptRow], tokenizer: Tokenizer, judge: Judge
 ) -> Evaluator | None:
     """The recipe's evaluation; None without held-out problems.
 
     Raises:
-        ValueError: eval.correct names no reward.
+        ValueError: eval.correct names no reward, or one without a largest value.
     """
     names = [info.name for info in judge.infos]
     correct = recipe.eval.correct or names[0]
@@ -74,6 +75,11 @@ def make_evaluator(
         raise ValueError(f"eval.correct={correct}: the rewards are {', '.join(names)}; name one of them")
     if not rows:
         return None
+    if math.isinf(next(info.high for info in judge.infos if info.name == correct)):
+        raise ValueError(
+            f"eval.correct={correct}: an answer is right where this reward is at its largest, and it states no range; "
+            f'add RANGES = {{"{correct}": (low, high)}} to the reward file, or name another reward'
+        )
     return Evaluator(
         rows=rows,
         tokenizer=tokenizer,

@@ -1,0 +1,81 @@
+"""The file of rewards that a user names on the command line: checked before JAX starts, and held to when a run resumes.
+
+It is never part of a recipe, since it is code; so a run's provenance notes its SHA-256 instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recipes.rundir import Run, read_attempts, record_fact
+
+FACT = "reward_file"
+"""The entry of an attempt's record: null, or the path and the hash."""
+
+RewardFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--reward-file",
+        metavar="FILE.py",
+        help="Rewards of your own, which join the recipe's: functions named reward_<name>(completion, answer, ...).",
+        show_default=False,
+    ),
+]
+
+
+def checked_reward_file(path: Path | None) -> Path | None:
+    """The file, once it is known to be Python; whether it runs and holds rewards is known in the rewards' processes.
+
+    Raises:
+        ValueError: there is no such file, or it is not Python.
+    """
+    if path is None:
+        return None
+    path = path.expanduser()
+    where = f"--reward-file={path}"
+    if not path.is_file():
+        raise ValueError(f"{where}: there is no such file; correct the path")
+    if path.suffix != ".py":
+        raise ValueError(f"{where}: not a Python file; give it the suffix .py")
+    try:
+        ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{where}: not Python{line} ({said}); correct it") from None
+    return path
+
+
+def file_hash(path: Path | None) -> str | None:
+    """The SHA-256 of a reward file, in hex; None without a file."""
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def hold_to_reward_file(attempt: Run, path: Path | None) -> None:
+    """Notes the file in the attempt's record, once it is known to be the one that the run has learnt from so far.
+
+    Where no checkpoint was left, the run starts anew, and may have another file.
+
+    Raises:
+        ValueError: the attempt goes on from a checkpoint, and the one before had another file, or one of the two none.
+    """
+    fact: dict[str, Any] | None = None if path is None else {"path": str(path), "sha256": file_hash(path)}
+    earlier = [one[FACT] for one in read_attempts(attempt.dir)[:-1] if FACT in one]
+    before = earlier[-1] if earlier else None
+    if attempt.resume_step is not None and (before or {}).get("sha256") != (fact or {}).get("sha256"):
+        raise ValueError(
+            f"run.dir={attempt.dir}: a run keeps the rewards that it has learnt from, with {_spelled(before)}, and "
+            f"this attempt has {_spelled(fact)}; give the same file again, or choose another run.dir"
+        )
+    record_fact(attempt, FACT, fact)
+
+
+def _spelled(fact: dict[str, Any] | None) -> str:
+    if fact is None:
+        return "no --reward-file"
+    return f"--reward-file={fact['path']} (sha256 {fact['sha256'][:12]})"
