@@ -21,6 +21,7 @@ from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
 from posttrain.verbs import evaluate as evaluate_verb
 from posttrain.verbs import generate as generate_verb
+from posttrain.verbs import grpo as grpo_verb
 from posttrain.verbs import inspect_data as inspect_data_verb
 from posttrain.verbs import pipeline as pipeline_verb
 from posttrain.verbs import report as report_verb
@@ -169,17 +170,6 @@ def distill(loaded: LoadedRecipe) -> None:
     train(loaded, run)
 
 
-@recipe_verb("grpo")
-def grpo(loaded: LoadedRecipe) -> None:
-    """Train a model by rewards of what it writes (GRPO, GSPO, Dr. GRPO, DAPO, RLOO).
-
-    Exit codes as for pretrain.
-    """
-    from posttrain.trainers.grpo import run
-
-    train(loaded, run)
-
-
 def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any]) -> None:
     """Runs a recipe with its trainer's `run`; prints how it ended.
 
@@ -228,16 +218,23 @@ def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
     return loaded
 
 
+app.command(name="grpo")(grpo_verb.make_grpo(open_recipe, train))
 app.command(name="eval")(evaluate_verb.make_eval(open_recipe))
 app.command(name="pipeline")(pipeline_verb.make_pipeline(open_recipe))
 
 
-def check_model(loaded: LoadedRecipe) -> None:
-    """Checks the preset's name and the overridden fields of a recipe that has a model section.
+def check_model(loaded: LoadedRecipe, of: str = "") -> None:
+    """Checks the preset's name and the overridden fields of a recipe that has a model section, or of its stages.
+
+    Args:
+        loaded: the recipe.
+        of: what errors say before the key.
 
     Raises:
         ValueError: there is no such preset or field, or the architecture does not fit together.
     """
+    for stage in loaded.stages:
+        check_model(stage.loaded, f"stage {stage.name}: ")
     model = getattr(loaded.recipe, "model", None)
     if model is None or model.preset is None:
         return
@@ -252,7 +249,7 @@ def check_model(loaded: LoadedRecipe) -> None:
             config.replace(**plain(model.overrides))
     except ValueError as error:
         where = "command line" if origin == OVERRIDE else origin.rpartition(":")[0]
-        raise ValueError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+        raise ValueError("\n".join(f"{where}: {of}{line}" for line in str(error).splitlines())) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,7 +96,13 @@ def prompt_set(
         tags=TAGS,
     )
     prompts = make_prompts(
-        problems, tokenizer, template, max_prompt_tokens=max_prompt_length, limit=limit, add_bos=section.add_bos
+        problems,
+        tokenizer,
+        template,
+        max_prompt_tokens=max_prompt_length,
+        limit=limit,
+        add_bos=section.add_bos,
+        as_chat=data.as_chat,
     )
     if prompts.num_overlong:
         logger.info(

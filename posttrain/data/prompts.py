@@ -111,6 +111,7 @@ def make_prompts(
     max_prompt_tokens: int,
     limit: int | None,
     add_bos: bool,
+    as_chat: bool | None = None,
 ) -> PromptSet:
     """Renders problems as prompts: one user's message, or plain text where the tokenizer has no chat template.
 
@@ -124,17 +125,24 @@ def make_prompts(
         max_prompt_tokens: tokens that a prompt may have.
         limit: prompts to keep, at most; None for all.
         add_bos: begin plain text with the beginning-of-sequence id. A chat template writes its own.
+        as_chat: False makes plain text even where there is a chat template; None asks the tokenizer.
 
     Returns:
         The prompts, in the problems' order.
 
     Raises:
-        ValueError: every prompt is too long, or the chat template refuses one.
+        ValueError: every prompt is too long, the chat template refuses one, or a chat is wanted and there is none.
     """
+    if as_chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"data.as_chat=true: the tokenizer {tokenizer.name} has no chat template; name one as "
+            "tokenizer.chat_template, or set data.as_chat=false"
+        )
+    plain = tokenizer.chat_template is None or as_chat is False
     rows: list[PromptRow] = []
     shortest, overlong, beyond = None, 0, 0
     for problem in problems:
-        ids, text = _encoded(template.render(problem.question), tokenizer, add_bos)
+        ids, text = _encoded(template.render(problem.question), tokenizer, add_bos, plain=plain)
         shortest = len(ids) if shortest is None else min(shortest, len(ids))
         if len(ids) > max_prompt_tokens:
             overlong += 1
@@ -152,8 +160,8 @@ def make_prompts(
     return PromptSet(tuple(rows), overlong, beyond)
 
 
-def _encoded(text: str, tokenizer: Tokenizer, add_bos: bool) -> tuple[list[int], str]:
-    if tokenizer.chat_template is None:
+def _encoded(text: str, tokenizer: Tokenizer, add_bos: bool, *, plain: bool) -> tuple[list[int], str]:
+    if plain:
         return tokenizer.encode(text, add_bos=add_bos, add_eos=False), text
     chat = render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
     return [int(index) for index in chat.ids], chat.text

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from posttrain.reward_file import RewardFileOption, checked_reward_file
 from recipes.load import LoadedRecipe
 
 
@@ -15,26 +16,30 @@ def make_eval(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecipe]) 
     """The verb, given what opens a recipe."""
 
     def evaluate(
-        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe of kind grpo.", show_default=False)],
+        recipe: Annotated[
+            str, typer.Argument(metavar="RECIPE", help="A recipe of kind eval or grpo.", show_default=False)
+        ],
         overrides: Annotated[
             list[str] | None,
             typer.Argument(metavar="KEY=VALUE", help="Such as model.load_parameters_path=RUN.", show_default=False),
         ] = None,
+        reward_file: RewardFileOption = None,
     ) -> None:
-        """Solve a grpo recipe's held-out problems with its model: greedy, avg@k, pass@k, maj@k with intervals.
+        """Solve a recipe's held-out problems with its model: greedy, avg@k, pass@k, maj@k with intervals.
 
         The table is printed; JSON and one line a problem go into the run's folder.
         """
         loaded = open_recipe(recipe, overrides)
-        if loaded.recipe.kind != "grpo":
+        if loaded.recipe.kind not in ("eval", "grpo"):
             raise ValueError(
-                f"{loaded.source}: kind={loaded.recipe.kind}: recipes of kind grpo hold out problems; name one"
+                f"{loaded.source}: kind={loaded.recipe.kind}: recipes of kind eval and grpo hold out problems; name one"
             )
+        rewards = checked_reward_file(reward_file)
         from posttrain.evaluate_run import run
         from posttrain.process import start_process
 
         start_process()
-        folder, report = run(loaded, sys.argv)
+        folder, report = run(loaded, sys.argv, reward_file=rewards)
         print(f"{folder}:\n{report.table()}")
 
     return evaluate

@@ -186,6 +186,8 @@ class PromptDataSection(Section):
     """What the policy is told; may name {reasoning_start} and the other tags. null asks for tagged reasoning."""
     template: str = "{system_prompt}\n\n{question}"
     """The text of the prompt, before the tokenizer's chat template."""
+    as_chat: bool | None = None
+    """Lay the text out as a user's message, with the chat template; null does where the tokenizer has one."""
     shuffle: bool = True
     """Draw problems in a random order, a new one each epoch."""
     shuffle_seed: Annotated[int, Field(ge=0)] = 0
