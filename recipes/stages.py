@@ -53,15 +53,17 @@ def load_stages(recipe: PipelineRecipe, layers: Layers, path: Path, shown: str) 
     """
     stages: list[Stage] = []
     problems = list(_common_problems(layers, shown))
+    failed: list[str] = []
     given = {name: values for name, values in layers.tree["stages"].items() if values is not None}
     if not given:
         problems.append(f"{shown}: stages={{}}: a pipeline has stages; add one below `stages:`")
     for name, values in given.items():
-        reader = _StageReader(name, layers, path, shown)
+        reader = _StageReader(name, layers, path, shown, frozenset(failed))
         try:
             stages.append(reader.read(values, recipe, tuple(stages), tuple(given)))
         except ValueError as error:
             problems.extend(str(error).splitlines())
+            failed.append(name)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     return tuple(stages)
@@ -114,8 +116,10 @@ def _spot(layers: Layers, key: str, shown: str) -> str:
 class _StageReader:
     """Lays the layers of one stage over each other."""
 
-    def __init__(self, name: str, pipeline: Layers, path: Path, shown: str) -> None:
+    def __init__(self, name: str, pipeline: Layers, path: Path, shown: str, failed: frozenset[str]) -> None:
         self.name, self.pipeline, self.path, self.shown = name, pipeline, path, shown
+        self.failed = failed
+        """Stages before it that have mistakes of their own, which are not to be told a second time."""
         self.layers = Layers()
 
     def read(self, values: Any, recipe: PipelineRecipe, before: Sequence[Stage], names: Sequence[str]) -> Stage:
@@ -142,6 +146,8 @@ class _StageReader:
         known = [stage.name for stage in before]
         needs: dict[str, None] = {}
         for key, name in _references(loaded.recipe, self.name):
+            if name in self.failed:
+                raise ValueError
             if name not in known:
                 what = "comes later" if name in names else "there is no such stage"
                 raise self.error(key, f"{folder_of(name)}: {what}; name one of {', '.join(known) or 'no stage'}")
@@ -215,6 +221,8 @@ class _StageReader:
                 return None
             if not takes:
                 raise self.error("from", f"from={spell(start)}: a stage of kind {kind} has no model; remove it")
+            if start in self.failed:
+                raise ValueError
             if start not in trained:
                 what = "is no training stage before this one" if start in names else "there is no such stage"
                 known = f"name one of {', '.join(trained)}, or null" if trained else "remove it"
