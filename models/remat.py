@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from models.ops.linear import PROJECTED
+
 SAVED_PROJECTIONS = ("query_proj", "key_proj", "value_proj")
 """Names that attention gives its projections through `checkpoint_name`."""
 LAYER_INPUT = "decoder_layer_input"
@@ -23,7 +25,7 @@ def remat_policy(name: str) -> Policy:
     if name == "full":
         return None
     if name == "minimal":
-        return policies.dots_with_no_batch_dims_saveable
+        return policies.save_only_these_names(PROJECTED)
     if name == "save_qkv":
         return policies.save_only_these_names(*SAVED_PROJECTIONS)
     if name == "offload":

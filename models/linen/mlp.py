@@ -8,7 +8,7 @@ from models.context import named_key
 from models.linen.norm import Norm
 from models.linen.projection import Projection
 from models.lora import adapted_specs
-from models.ops.linear import ACTIVATIONS, dropout
+from models.ops.linear import ACTIVATIONS, dropout, gated
 from models.parameters import mlp_names, mlp_specs
 from models.sharding import constrain
 from recipes.schema import ModelSection
@@ -34,9 +34,8 @@ class MLP(nn.Module):
             norm = specs["mlp_layer_norm"]
             x = Norm(norm["scale"], norm.get("bias"), self.config, self.options, name="mlp_layer_norm")(x)
         gate, *linear = [projection(name)(x, noise_key) for name in mlp_names(self.config)]
-        hidden = ACTIVATIONS[self.config.activation](gate)
-        for branch in linear:
-            hidden = hidden * branch
+        activation = self.config.activation
+        hidden = gated(activation, gate, *linear) if linear else ACTIVATIONS[activation](gate)
         hidden = constrain(hidden, "batch", "time", "activation_mlp")
         hidden_key = named_key(noise_key, "hidden_dropout")
         hidden = dropout(hidden, hidden_key, rate=self.options.dropout_rate, broadcast_time=True)

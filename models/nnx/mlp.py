@@ -8,7 +8,7 @@ from models.context import named_key
 from models.lora import adapted_specs
 from models.nnx.norm import Norm
 from models.nnx.projection import Projection
-from models.ops.linear import ACTIVATIONS, dropout
+from models.ops.linear import ACTIVATIONS, dropout, gated
 from models.parameters import mlp_names, mlp_specs
 from models.sharding import constrain
 from recipes.schema import ModelSection
@@ -42,9 +42,8 @@ class MLP(nnx.Module):
         if self.config.family == "gpt3":
             x = self.mlp_layer_norm(x)
         gate, *linear = [getattr(self, name)(x, noise_key) for name in mlp_names(self.config)]
-        hidden = ACTIVATIONS[self.config.activation](gate)
-        for branch in linear:
-            hidden = hidden * branch
+        activation = self.config.activation
+        hidden = gated(activation, gate, *linear) if linear else ACTIVATIONS[activation](gate)
         hidden = constrain(hidden, "batch", "time", "activation_mlp")
         hidden_key = named_key(noise_key, "hidden_dropout")
         hidden = dropout(hidden, hidden_key, rate=self.options.dropout_rate, broadcast_time=True)

@@ -1,5 +1,7 @@
 """Root-mean-square norm (Zhang and Sennrich 2019) and layer norm (Ba et al. 2016), statistics in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,6 +22,12 @@ def rms_norm(
     Returns:
         Same shape and dtype as x.
     """
+    return _rms_norm(x, scale, eps, plus_one)
+
+
+# The backward pass keeps x and nothing between: what is between is as large as x, and cheap.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, plus_one: bool) -> jax.Array:
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     if plus_one:

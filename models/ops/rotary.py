@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -44,7 +45,10 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines of position * frequency, float32."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    # A loop, since the compiler would fuse plain arithmetic into its readers and compute the table anew in every layer,
+    # for each head.
+    cos, sin = jax.lax.map(lambda which: jnp.where(which, jnp.cos(angles), jnp.sin(angles)), jnp.array([True, False]))
+    return cos, sin
 
 
 def rotate(

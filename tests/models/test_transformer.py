@@ -4,6 +4,7 @@ Agreement with transformers, an implementation of others, is in test_parity.py.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -127,6 +128,21 @@ def test_dropout_masks_do_not_depend_on_framework_or_layout(framework: Any) -> N
 def test_remat_changes_no_gradient(framework: Any, remat: Any) -> None:
     run = logits_and_gradients("tiny-gemma2", section(framework=framework, remat=remat))
     assert_equal_runs(run, reference("tiny-gemma2", 0.0, True), REORDERED)
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_each_remat_policy_keeps_less_than_the_one_before(framework: Any) -> None:
+    """A policy that names nothing the model computes would silently be another one."""
+
+    def temporaries(remat: Any) -> int:
+        config, options = config_of("tiny-llama"), section(framework=framework, remat=remat)
+        model, params = FunctionalModel(config, options), arrange(config, weights("tiny-llama"), options)
+        ids = jnp.zeros((8, 64), jnp.int32)
+        compiled = jax.jit(jax.grad(lambda params: model.hidden_states(params, ids)[0].sum())).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    sizes = [temporaries(remat) for remat in ("none", "minimal", "save_qkv", "full")]
+    assert all(more > 1.05 * less for more, less in itertools.pairwise(sizes)), sizes
 
 
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
