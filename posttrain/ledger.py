@@ -1,7 +1,8 @@
 """Every completion of a reinforcement-learning run: `<run>/completions/step-000012.parquet`, one file a step.
 
-A file is written aside and renamed, so it is whole or not there. A resumed run drops the files behind the step it goes
-on from, and writes them anew. Nothing here needs JAX, so that a report can read it anywhere.
+A file is written aside, forced to the disk and renamed, and the rename is forced to the disk too: it is whole or not
+there, whatever ends the machine, and a step that is saved after it has its completions. A resumed run drops the files
+behind the step it goes on from, and writes them anew. Nothing here needs JAX, so that a report can read it anywhere.
 """
 
 import logging
@@ -12,6 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from models.checkpoints.manifest import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def drop_after(run_dir: Path, step: int) -> list[int]:
 
 
 def write_step(run_dir: Path, step: int, rows: list[dict[str, Any]]) -> Path:
-    """Writes one step's completions.
+    """Writes one step's completions, onto the disk before it returns.
 
     Args:
         run_dir: the run.
@@ -85,10 +88,16 @@ def write_step(run_dir: Path, step: int, rows: list[dict[str, Any]]) -> Path:
         The file.
     """
     path = completions_path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+        sync_folder(path.parent.parent)
     aside = path.with_name(f".tmp-{path.name}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside, compression="zstd")
+    with aside.open("wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
+    sync_folder(path.parent)
     return path
 
 

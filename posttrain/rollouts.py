@@ -6,6 +6,7 @@ advantages  = weigh(judged, ...)                  relative to the group
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,12 @@ from rewards.registry import specs_of
 
 START_SECONDS = 120.0
 """For a process that runs rewards to start and read the user's file."""
+CAUSES_NAMED = 4
+"""Causes that an error about groups without signal names, the most frequent first."""
+
+
+class NoSignal(ValueError):
+    """Resampling came to its bound with groups that teach nothing."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +172,15 @@ def collect(
         draw: the next so many problems, none of which has one of the given ids.
         complete: samples their completions.
         judge_all: judges them.
-        rl: the recipe's section.
+        rl: the recipe's section; without `max_resamples` every group is taken as it is.
+
+    Raises:
+        NoSignal: some groups had still no difference in reward after the last round; why is counted.
     """
     sample_seconds = reward_seconds = 0.0
     resampled = 0
     kept: list[Judged] = []
+    flat: Counter[str] = Counter()
     seen: set[int] = set()
     wanted = rl.prompts_per_step
     for round_number in range(rl.max_resamples + 1):
@@ -181,16 +192,37 @@ def collect(
         judged = judge_all(problems, completions)
         sample_seconds += sampled - start
         reward_seconds += time.perf_counter() - sampled
-        last = round_number == rl.max_resamples
-        keeps = np.ones(len(problems), bool) if last else has_signal(judged.totals(), kept=judged.kept())
+        keeps = has_signal(judged.totals(), kept=judged.kept()) | (rl.max_resamples == 0)
         kept.append(judged if keeps.all() else _only(judged, keeps))
         wanted -= int(keeps.sum())
         if wanted == 0:
             break
+        flat.update(_why_flat(judged, group) for group in np.flatnonzero(~keeps))
+        if round_number == rl.max_resamples:
+            raise NoSignal(_no_signal(wanted, flat, rl))
         resampled += wanted
     merged = _merge([one for one in kept if one.problems])
     advantages, sequences = weigh(merged, rl)
     return Rollout(merged, advantages, sequences, sample_seconds, reward_seconds, resampled)
+
+
+def _why_flat(judged: Judged, group: int) -> str:
+    """Why a group has no difference in reward, in words."""
+    own = slice(group * judged.num_generations, (group + 1) * judged.num_generations)
+    if any(outcome.failure for outcomes in judged.outcomes[own] for outcome in outcomes):
+        return "a reward failed"
+    if all(one.finish_reason == "length" for one in judged.completions[own]):
+        return "all truncated"
+    return f"all rewarded {judged.totals()[group][0]:g}"
+
+
+def _no_signal(wanted: int, flat: "Counter[str]", rl: RLSection) -> str:
+    causes = ", ".join(f"{count} groups {cause}" for cause, count in flat.most_common(CAUSES_NAMED))
+    return (
+        f"rl.max_resamples={rl.max_resamples}: {wanted} of {rl.prompts_per_step} groups have still no difference in "
+        f"reward after so many rounds ({causes}), so nothing can be learnt from them; use easier or harder problems, "
+        "more generations or a reward with parts, raise rl.max_resamples, or set it to 0 to take groups as they are"
+    )
 
 
 def _only(judged: Judged, keeps: np.ndarray) -> Judged:

@@ -114,6 +114,32 @@ def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path, monkeypatch: p
     assert [path.name for path in completions_dir(tmp_path).iterdir()] == ["step-000001.parquet"]
 
 
+def test_a_step_is_on_the_disk_before_the_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file under its first name, whole, then the rename: in another order a power failure could undo either."""
+    made, seen = rollout(), []
+    fsync, replace = os.fsync, os.replace
+
+    def watched(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        seen.append((path.name, path.stat().st_size if path.is_file() else sorted(one.name for one in path.iterdir())))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        seen.append(("renamed", target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "replace", renamed)
+    size = write_step(tmp_path, 1, ledger_rows(1, made, logps(made))).stat().st_size
+    name = "step-000001.parquet"
+    assert seen == [
+        (tmp_path.name, ["completions"]),
+        (f".tmp-{name}", size),
+        ("renamed", name),
+        ("completions", [name]),
+    ]
+
+
 def test_a_step_without_a_file_or_with_a_damaged_one_is_told(tmp_path: Path) -> None:
     made = rollout()
     with pytest.raises(ValueError, match="steps none were recorded; name one of them"):

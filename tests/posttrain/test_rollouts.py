@@ -1,13 +1,14 @@
 """From sampling to advantages: whose completions they are, groups that teach nothing, and what the log says."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from posttrain.data.prompts import PromptRow
-from posttrain.rollouts import Judged, Rollout, collect, rollout_metrics, sample, weigh
+from posttrain.rollouts import Judged, NoSignal, Rollout, collect, rollout_metrics, sample, weigh
 from posttrain.samplers.base import Completion, SamplerError, Sampling
 from recipes.schema import RLSection
 from tests.posttrain.rollout_parts import FakeSampler, completion, judge, problem
@@ -132,12 +133,35 @@ def test_groups_that_teach_nothing_are_replaced_by_other_prompts() -> None:
     assert [one.completion.tolist() for one in rollout.sequences[-2:]] == [[60, 61, 62], [61, 62, 63]]
 
 
-def test_after_the_last_round_what_there_is_is_taken() -> None:
-    rollout = gather(Stream(), range(100), max_resamples=2)
-    assert prompts_of(rollout) == [8, 9, 10, 11] and rollout.resampled == 8
-    assert not rollout.advantages.any()
-    rollout = gather(Stream(), range(1, 100), max_resamples=1)
-    assert prompts_of(rollout) == [0, 4, 5, 6] and rollout.resampled == 3
+def test_after_the_last_round_the_error_counts_why_groups_taught_nothing() -> None:
+    stream = Stream()
+    message = r"rl\.max_resamples=2: 4 of 4 groups have still no difference .*\(12 groups all rewarded 0\)"
+    with pytest.raises(NoSignal, match=message):
+        gather(stream, range(100), max_resamples=2)
+    assert [count for count, _ in stream.calls] == [4, 4, 4]
+    with pytest.raises(NoSignal, match=r"3 of 4 groups .*\(6 groups all rewarded 0\)"):
+        gather(Stream(), range(1, 100), max_resamples=1)
+
+
+def test_the_error_tells_failures_and_truncation_from_equal_rewards() -> None:
+    def judge_all(problems: list[PromptRow], completions: list[Completion]) -> Judged:
+        # Problem 0's second reward fails, problem 1 is solved every time, problem 2 never ends, problem 3 is sound.
+        points: list[float | None] = [1.0, None, 5.0, 5.0, 0.0, 0.0, 0.0, 1.0]
+        ended = [replace(one, finish_reason="length") if one.prompt_id == 2 else one for one in completions]
+        return judge(problems, ended, points)
+
+    rl = RLSection(prompts_per_step=4, num_generations=2, max_resamples=1)
+    calls = iter([4, 3])
+
+    def draw(count: int, seen: set[int]) -> list[PromptRow]:
+        assert count == next(calls)
+        return [problem(number) for number in range(4)]
+
+    with pytest.raises(NoSignal) as raised:
+        collect(draw, lambda problems: right(problems, SAMPLING), judge_all, rl)
+    # One of each in the first round, and again in the second.
+    for cause in ("2 groups a reward failed", "2 groups all rewarded 5", "2 groups all truncated"):
+        assert cause in str(raised.value)
 
 
 # --- the log ---
