@@ -1,7 +1,6 @@
 """TRL for bench.sft: its environment under .cache/, made once with pip, and the process that runs there."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.sft_data import LEARNING_RATE, LENGTH, ROOT, Turn
+from bench.turns import TurnProcess
 from models.config import TransformerConfig
 
 ENVIRONMENT = ROOT / ".cache" / "bench-trl"
 PACKAGES = ("trl==1.16.0", "transformers==5.12.1", "accelerate==1.15.0", "datasets==5.2.0", "torch==2.13.0+cpu")
 """Pinned, so that figures can be measured again. torch is the build for CPUs: that of the default index brings CUDA."""
+
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+"""For processes that need nothing from a network."""
 
 
 class Unavailable(Exception):
@@ -74,10 +78,7 @@ class TrlProcess:
         Raises:
             Unavailable: the environment cannot be made.
         """
-        python = trl_python()
-        self.rows = rows
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
-        command = [str(python), "-c", "from bench.sft_trl_worker import main; main()"]
+        command = [str(trl_python()), "-c", "from bench.sft_trl_worker import main; main()"]
         given = {
             "examples": examples,
             "tokenizer": tokenizer,
@@ -88,33 +89,13 @@ class TrlProcess:
             "learning-rate": LEARNING_RATE,
         }
         command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        self._process = TurnProcess(command, OFFLINE)
 
     def take(self, steps: int) -> Turn:
-        """Takes steps.
-
-        Raises:
-            RuntimeError: the process ended; its last words are in the message.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        lines = [self._process.stdout.readline() for _ in range(steps)]
-        if not all(lines):
-            self._log.seek(0)
-            raise RuntimeError(f"TRL's process ended: {self._log.read()[-2000:]}")
-        taken = [json.loads(line) for line in lines]
+        """Takes steps; raises as `TurnProcess.take`."""
+        taken = self._process.take(steps)
         return sum(step["seconds"] for step in taken), sum(step["tokens"] for step in taken)
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.communicate()
-        self._log.close()
+        self._process.close()
