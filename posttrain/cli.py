@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain.verbs import adapters as adapters_verb
+from posttrain.verbs import check as check_verb
 from posttrain.verbs import checkpoints as checkpoints_verbs
 from posttrain.verbs import convert as convert_verb
 from posttrain.verbs import evaluate as evaluate_verb
@@ -127,7 +128,7 @@ def show(
 
 @recipe_verb("pretrain")
 def pretrain(loaded: LoadedRecipe) -> None:
-    """Train a model on text, from random weights or a checkpoint.
+    """Train a model on text, from scratch or a checkpoint.
 
     Exit codes: 0 done, 1 a save failed, 2 a mistake in the recipe, 3 the loss was not finite, 75 interrupted and
     saved (the same command with run.resume=must goes on).
@@ -150,7 +151,9 @@ def sft(loaded: LoadedRecipe) -> None:
 
 @recipe_verb("dpo")
 def dpo(loaded: LoadedRecipe) -> None:
-    """Train a model on pairs of which one answer is preferred (DPO, cDPO, IPO, ORPO, SimPO).
+    """Train a model on preferred and rejected answers.
+
+    The losses are DPO, cDPO, IPO, ORPO and SimPO.
 
     Exit codes as for pretrain.
     """
@@ -196,6 +199,7 @@ def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any
 
 
 adapters_verb.register(app)
+check_verb.register(app)
 checkpoints_verbs.register(app)
 convert_verb.register(app)
 generate_verb.register(app)

@@ -31,7 +31,7 @@ def merge(
     ] = None,
     from_step: Annotated[int | None, typer.Option(metavar="N", help="Which step to read; else the newest.")] = None,
 ) -> None:
-    """Merge a run's low-rank adapters into their base, or export them for PEFT.
+    """Merge low-rank adapters into their base, or export them.
 
     The base must be the one they were trained on: its checksum stands in the checkpoint.
     """

@@ -49,7 +49,7 @@ def convert(
         typer.Option(metavar="X", help="Largest |delta logits|; else 1e-4 of the larger of 1 and the largest logit."),
     ] = None,
 ) -> None:
-    """Convert a checkpoint: Linen, NNX, Hugging Face or MaxText, with layers stacked or not.
+    """Convert checkpoints: Linen, NNX, Hugging Face, MaxText.
 
     Optimizer moments move with their weights. For linen and nnx, DST becomes a checkpoints folder with one step: named
     RUN/checkpoints it makes RUN a run that `posttrain pretrain` resumes in the other framework.

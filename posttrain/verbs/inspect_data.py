@@ -37,7 +37,7 @@ def inspect_data(
     evaluation: Annotated[bool, typer.Option("--eval", help="The evaluation's rows, not training's.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No colours, as when the output is not a terminal.")] = False,
 ) -> None:
-    """Show the first rows a recipe trains on, with the tokens that are trained marked.
+    """Show the rows a recipe trains on, trained tokens marked.
 
     Trained tokens are green on a terminal, and stand in [[ ]] elsewhere. A row with nothing to train is an error.
     """

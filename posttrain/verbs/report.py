@@ -23,7 +23,7 @@ def report(
         typer.Option("--out", metavar="FOLDER", help="Where to write. [of one RUN: RUN/report]", show_default=False),
     ] = None,
 ) -> None:
-    """Write a page about one run, or about several in the same plots.
+    """Write a page about one run, or several beside each other.
 
     FOLDER/index.html needs nothing beside it and opens in any browser; the plots are also written as PNGs. A run that
     still goes on can be reported.

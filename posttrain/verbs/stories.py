@@ -15,9 +15,9 @@ def stories(
     examples: Annotated[int, typer.Option(min=1, help="Solved stories for SFT, and pairs for DPO.")] = 768,
     held_out: Annotated[int, typer.Option(min=1, help="Stories that none of these hold, for evaluation.")] = 400,
 ) -> None:
-    """Write arithmetic stories for every stage: text, examples, pairs, problems, and a tokenizer of 181 words.
+    """Write arithmetic stories for every stage of training.
 
-    What is shown solved uses half of the verbs; what the others mean is left to learn from rewards.
+    These are text, examples, pairs and problems, and a tokenizer of whole words. What is shown solved uses half of the verbs; what the others mean is left to learn from rewards.
     """
     from posttrain.data.story_files import write_stories
 
