@@ -55,6 +55,7 @@ def attend(
             key,
             value,
             segment_ids=context.segment_ids,
+            prefix_ids=context.prefix_ids,
             window=window,
             window_choices=window_choices(config),
             scale=scale,

@@ -21,6 +21,8 @@ class StepContext:
     cos: Float[Array, "B T half"] | None
     sin: Float[Array, "B T half"] | None
     segment_ids: Int[Array, "B T"]
+    prefix_ids: Int[Array, "B T"] | None
+    """A second segment that each token sees, 0 for none; None where no token has one."""
     attention_mask: Bool[Array, "B T S"] | None
     """Replaces causality, segments and windows where the caller brings a mask of its own."""
     noise_key: PRNGKeyArray | None
@@ -52,6 +54,7 @@ def step_context(
     segment_ids: Int[Array, "B T"] | None,
     attention_mask: Bool[Array, "B T S"] | None,
     noise_key: PRNGKeyArray | None,
+    prefix_ids: Int[Array, "B T"] | None = None,
 ) -> StepContext:
     """Gathers what the layers share; without segment ids every token belongs to one document."""
     cos = sin = None
@@ -61,6 +64,7 @@ def step_context(
         cos=cos,
         sin=sin,
         segment_ids=jnp.ones_like(positions) if segment_ids is None else segment_ids,
+        prefix_ids=prefix_ids,
         attention_mask=attention_mask,
         noise_key=noise_key,
     )

@@ -101,12 +101,15 @@ class FunctionalModel:
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         noise_key: PRNGKeyArray | None = None,
+        prefix_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """All but the output head; arguments as in `models.nnx.transformer.Transformer.hidden_states`."""
         args = (tokens, positions, cache, attention_mask, segment_ids)
         if self.options.framework == "linen":
-            return self._linen.apply({"params": params}, *args, noise_key=noise_key, method="hidden_states")
-        return nnx_from_params(self._abstract_nnx, params).hidden_states(*args, noise_key=noise_key)
+            options = {"noise_key": noise_key, "prefix_ids": prefix_ids}
+            return self._linen.apply({"params": params}, *args, **options, method="hidden_states")
+        model = nnx_from_params(self._abstract_nnx, params)
+        return model.hidden_states(*args, noise_key=noise_key, prefix_ids=prefix_ids)
 
     def __call__(
         self,

@@ -55,6 +55,7 @@ class Transformer(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         noise_key: PRNGKeyArray | None = None,
+        prefix_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs all but the output head; arguments and results as in the NNX twin."""
         if positions is None:
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
             segment_ids=segment_ids,
             attention_mask=attention_mask,
             noise_key=noise_key,
+            prefix_ids=prefix_ids,
         )
         x = self.token_embedder(tokens)
         if config.scale_embeddings:

@@ -58,6 +58,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         noise_key: PRNGKeyArray | None = None,
+        prefix_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs all but the output head.
 
@@ -69,6 +70,7 @@ class Transformer(nnx.Module):
             segment_ids: the document of each token, 0 for padding; None makes one document of each row. A cache
                 ignores it.
             noise_key: for dropout and the stochastic rounding of quantised gradients; None switches both off.
+            prefix_ids: a second segment that each token sees, 0 for none: a prompt that several completions share.
 
         Returns:
             The last norm's output, and the cache with T more tokens in each slot.
@@ -82,6 +84,7 @@ class Transformer(nnx.Module):
             segment_ids=segment_ids,
             attention_mask=attention_mask,
             noise_key=noise_key,
+            prefix_ids=prefix_ids,
         )
         x = self.token_embedder(tokens)
         if config.scale_embeddings:

@@ -67,6 +67,7 @@ def self_attention(
     value: Float[Array, "B T K N"],
     *,
     segment_ids: Int[Array, "B T"],
+    prefix_ids: Int[Array, "B T"] | None = None,
     window: Window,
     window_choices: tuple[int | None, ...],
     scale: float,
@@ -80,18 +81,28 @@ def self_attention(
         key: [B, T, K, N].
         value: [B, T, K, N].
         segment_ids: the document of each token, 0 for padding (padding gives zeros).
+        prefix_ids: a second segment that each token sees, 0 for none; None where no token has one.
         window: tokens a query sees; None for all; a traced scalar where layers are scanned.
         window_choices: the distinct windows of the model, of which a traced `window` is one.
         scale: factor on query-key products.
         softcap: bound on scaled products, or None.
-        implementation: "dot_product", "blocked" or "flash".
+        implementation: "dot_product", "blocked" or "flash", which knows no prefixes.
     """
+    assert prefix_ids is None or implementation != "flash", implementation
     if implementation == "dot_product":
-        mask = causal_mask(segment_ids, window)
+        mask = causal_mask(segment_ids, window, prefix_ids)
         return dot_product_attention(query, key, value, mask, scale=scale, softcap=softcap)
     if implementation == "blocked":
         return blocked_attention(
-            query, key, value, segment_ids_BT=segment_ids, window=window, scale=scale, softcap=softcap, block_size=None
+            query,
+            key,
+            value,
+            segment_ids_BT=segment_ids,
+            prefix_ids_BT=prefix_ids,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            block_size=None,
         )
     if isinstance(window, jax.Array):
         # The library's kernels want a static window, so each distinct one is its own branch.

@@ -49,16 +49,19 @@ class _Spec(NamedTuple):
 class _Marks(NamedTuple):
     """What decides which key a query sees, laid out along the rows (R) and columns (S) of a tile.
 
-    The ids are None when the batch has no segments, the window is None when there is none. A query of segment 0
-    (padding) carries the id -1, which no key has.
+    The ids are None when the batch has no segments or no prefixes, the window is None when there is none. A query of
+    segment 0 (padding) carries the id -1, which no key has, and so does one without a prefix.
     """
 
     query_offset_R: Array
     key_offset_S: Array
     query_id_CB1R: Array | None
+    prefix_id_CB1R: Array | None
     key_id_CB1S: Array | None
     window: Array | None
-    first_C: Array
+    needed_CC: Array
+    """For each query block the key blocks that it looks at come first, in order; `count_C` says how many they are."""
+    count_C: Array
 
 
 def blocked_attention(
@@ -67,6 +70,7 @@ def blocked_attention(
     v_BSKN: Float[Array, "B T K N"],
     *,
     segment_ids_BT: Int[Array, "B T"] | None,
+    prefix_ids_BT: Int[Array, "B T"] | None = None,
     window: int | Int[Array, ""] | None,
     scale: float,
     softcap: float | None,
@@ -74,7 +78,8 @@ def blocked_attention(
 ) -> Float[Array, "B T H N"]:
     """Causal self-attention with segments, a sliding window and a logit softcap, in memory linear in T.
 
-    Query i sees key j iff j <= i, both carry the same segment id, that id is not 0, and i - j < window. A row that sees
+    Query i sees key j iff j <= i, key j carries the query's segment id or its prefix id, that is not 0, and
+    i - j < window. So several completions share a prompt that stands before them in the row once. A row that sees
     no key (padding) gives exactly 0 and takes and gives no gradient. Query head h reads kv head h // (H // K).
 
     Args:
@@ -82,6 +87,8 @@ def blocked_attention(
         k_BSKN: Keys, on the queries' time axis.
         v_BSKN: Values.
         segment_ids_BT: Ids >= 0, with 0 for padding; None where every position belongs to one document.
+        prefix_ids_BT: A second segment that each query sees, 0 for none. None where no query has one, and always
+            where there are no segments.
         window: Number of keys a query may look back on, itself included; None for all. It may be a traced scalar, so
             that scanned layers can differ in it; blocks outside it are skipped either way.
         scale: Factor of the logits, usually N ** -0.5.
@@ -108,7 +115,7 @@ def blocked_attention(
     block = pick_block(B * H, T) if block_size is None else block_size
     spec = _Spec(block, -(-T // block), H // num_kv_heads, scale, softcap)
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    return _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window)
+    return _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window)
 
 
 def pick_block(num_rows: int, length: int) -> int:
@@ -124,19 +131,20 @@ def pick_block(num_rows: int, length: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
-    return _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window)[0]
+def _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window):
+    return _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window)[0]
 
 
-def _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
+def _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window):
     """Online softmax over key blocks; equations of FlashAttention-2, algorithm 1."""
-    marks = _marks(spec, q_BTHN.shape[:2], segment_ids_BT, window)
+    marks = _marks(spec, segment_ids_BT, prefix_ids_BT, window)
     k_CBKSN, v_CBKSN = (_split(x, spec, groups=1) for x in (k_BSKN, v_BSKN))
 
     def query_block(_, block):
         i, q_BKRN = block
 
-        def key_block(j, carry):
+        def key_block(turn, carry):
+            j = marks.needed_CC[i, turn]
             top_BKR, total_BKR, out_BKRN = carry
             logits_BKRS = _dot(q_BKRN, k_CBKSN[j], 3, 3)
             logits_BKRS, _ = _cap(spec, logits_BKRS)
@@ -150,7 +158,7 @@ def _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
             return new_top_BKR, total_BKR, out_BKRN
 
         start = jnp.full_like(q_BKRN[..., 0], _HIDDEN), jnp.zeros_like(q_BKRN[..., 0]), jnp.zeros_like(q_BKRN)
-        top_BKR, total_BKR, out_BKRN = lax.fori_loop(marks.first_C[i], i + 1, key_block, start)
+        top_BKR, total_BKR, out_BKRN = lax.fori_loop(0, marks.count_C[i], key_block, start)
         seen_BKR = top_BKR > _HIDDEN / 2
         total_BKR = jnp.where(seen_BKR, total_BKR, 1)
         lse_BKR = jnp.where(seen_BKR, top_BKR + jnp.log(total_BKR), 0)
@@ -159,13 +167,13 @@ def _attend_forward(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window):
     q_CBKRN = _split(q_BTHN * spec.scale, spec, groups=spec.groups)
     _, (out_CBKRN, lse_CBKR) = lax.scan(query_block, None, (jnp.arange(spec.num_blocks, dtype=jnp.int32), q_CBKRN))
     out_BTHN = _join(out_CBKRN, spec, like=q_BTHN)
-    return out_BTHN, (q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window, out_BTHN, lse_CBKR)
+    return out_BTHN, (q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window, out_BTHN, lse_CBKR)
 
 
 def _attend_backward(spec, residuals, d_out_BTHN):
     """Gradients from recomputed tiles; FlashAttention-2, algorithm 2, with tiles transposed to [key, query]."""
-    q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, window, out_BTHN, lse_CBKR = residuals
-    marks = _marks(spec, q_BTHN.shape[:2], segment_ids_BT, window)
+    q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window, out_BTHN, lse_CBKR = residuals
+    marks = _marks(spec, segment_ids_BT, prefix_ids_BT, window)
     k_CBKSN, v_CBKSN = (_split(x, spec, groups=1) for x in (k_BSKN, v_BSKN))
     k_CBKNS = k_CBKSN.swapaxes(-1, -2)
     q_CBKRN, d_out_CBKRN, out_CBKRN = (
@@ -176,7 +184,8 @@ def _attend_backward(spec, residuals, d_out_BTHN):
     def query_block(carry, block):
         i, q_BKRN, d_out_BKRN, lse_BKR, delta_BKR = block
 
-        def key_block(j, carry):
+        def key_block(turn, carry):
+            j = marks.needed_CC[i, turn]
             d_q_BKNR, d_k_CBKSN, d_v_CBKSN = carry
             logits_BKSR = _dot(k_CBKSN[j], q_BKRN, 3, 3)
             logits_BKSR, slope_BKSR = _cap(spec, logits_BKSR)
@@ -188,14 +197,14 @@ def _attend_backward(spec, residuals, d_out_BTHN):
             return d_q_BKNR + _dot(k_CBKNS[j], d_logits_BKSR, 3, 2), d_k_CBKSN, d_v_CBKSN
 
         start = jnp.zeros_like(q_BKRN.swapaxes(-1, -2)), *carry
-        d_q_BKNR, *carry = lax.fori_loop(marks.first_C[i], i + 1, key_block, start)
+        d_q_BKNR, *carry = lax.fori_loop(0, marks.count_C[i], key_block, start)
         return tuple(carry), d_q_BKNR
 
     blocks = jnp.arange(spec.num_blocks, dtype=jnp.int32), q_CBKRN, d_out_CBKRN, lse_CBKR, delta_CBKR
     carry = jnp.zeros_like(k_CBKSN), jnp.zeros_like(v_CBKSN)
     (d_k_CBKSN, d_v_CBKSN), d_q_CBKNR = lax.scan(query_block, carry, blocks)
     d_q_BTHN = _join(d_q_CBKNR.swapaxes(-1, -2) * spec.scale, spec, like=q_BTHN)
-    return d_q_BTHN, _join(d_k_CBKSN, spec, like=k_BSKN), _join(d_v_CBKSN, spec, like=v_BSKN), None, None
+    return d_q_BTHN, _join(d_k_CBKSN, spec, like=k_BSKN), _join(d_v_CBKSN, spec, like=v_BSKN), None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -242,33 +251,48 @@ def _hide(spec: _Spec, marks: _Marks, logits, i, j, *, key_axis: int):
     if marks.window is not None:
         visible &= distance < marks.window
     if marks.query_id_CB1R is not None and marks.key_id_CB1S is not None:
-        visible &= queries(marks.query_id_CB1R[i]) == keys(marks.key_id_CB1S[j])
+        same = queries(marks.query_id_CB1R[i]) == keys(marks.key_id_CB1S[j])
+        if marks.prefix_id_CB1R is not None:
+            same |= queries(marks.prefix_id_CB1R[i]) == keys(marks.key_id_CB1S[j])
+        visible &= same
     return jnp.where(visible, logits, _HIDDEN)
 
 
-def _marks(spec: _Spec, shape: tuple[int, int], segment_ids_BT, window) -> _Marks:
-    """Lays positions and segment ids out along tiles, and finds the first key block each query block needs."""
-    B, T = shape
+def _marks(spec: _Spec, segment_ids_BT, prefix_ids_BT, window) -> _Marks:
+    """Lays positions and segment ids out along tiles, and lists the key blocks that each query block needs."""
     offset = jnp.arange(spec.block, dtype=jnp.int32)
     block = jnp.arange(spec.num_blocks, dtype=jnp.int32)
-    first_C = jnp.zeros_like(block)
+    needs_CC = block[None] <= block[:, None]
     if window is not None:
-        first_C = jnp.maximum(first_C, (block * spec.block - window + 1) // spec.block)
-    query_id = key_id = None
+        needs_CC &= block[None] >= ((block * spec.block - window + 1) // spec.block)[:, None]
+    query_id = prefix_id = key_id = None
     if segment_ids_BT is not None:
-        ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, spec.num_blocks * spec.block - T)))
-        ids_CBS = ids_BT.reshape(B, spec.num_blocks, spec.block).swapaxes(0, 1)
-        first_C = jnp.maximum(first_C, _first_block_of_segments(ids_CBS))
-        key_id = ids_CBS[:, :, None]
-        query_id = jnp.tile(jnp.where(key_id == 0, -1, key_id), spec.groups)
-    return _Marks(jnp.tile(offset, spec.groups), offset, query_id, key_id, window, first_C)
+        key_id, query_id = _along_blocks(spec, segment_ids_BT)
+        meets_CC = _meeting(key_id[:, :, 0], key_id[:, :, 0])
+        if prefix_ids_BT is not None:
+            prefix, prefix_id = _along_blocks(spec, prefix_ids_BT)
+            meets_CC |= _meeting(prefix[:, :, 0], key_id[:, :, 0])
+        needs_CC &= meets_CC
+    # Those that are needed sort first, and stay in order among themselves.
+    needed_CC = jnp.argsort(~needs_CC, axis=1, stable=True).astype(jnp.int32)
+    marks = query_id, prefix_id, key_id, window, needed_CC, needs_CC.sum(1, dtype=jnp.int32)
+    return _Marks(jnp.tile(offset, spec.groups), offset, *marks)
 
 
-def _first_block_of_segments(ids_CBS: Int[Array, "C B S"]) -> Int[Array, " C"]:
-    """The first key block whose range of ids meets that of query block i in some row; i + 1 if i is all padding."""
-    highest_CB = ids_CBS.max(-1)
-    lowest_CB = jnp.where(ids_CBS == 0, jnp.iinfo(ids_CBS.dtype).max, ids_CBS).min(-1)
-    block = jnp.arange(ids_CBS.shape[0], dtype=jnp.int32)
-    meets = (highest_CB[:, None] >= lowest_CB[None]) & (highest_CB[None] >= lowest_CB[:, None])
-    meets &= (block[None] <= block[:, None])[..., None]
-    return jnp.where(meets.any(-1), block[None], block[:, None] + 1).min(-1)
+def _along_blocks(spec: _Spec, ids_BT) -> tuple[Array, Array]:
+    """Ids as keys carry them, [C, B, 1, S], and as queries do, [C, B, 1, R]: 0 is -1, which matches none."""
+    B, T = ids_BT.shape
+    ids_BT = jnp.pad(ids_BT.astype(jnp.int32), ((0, 0), (0, spec.num_blocks * spec.block - T)))
+    ids_CB1S = ids_BT.reshape(B, spec.num_blocks, spec.block).swapaxes(0, 1)[:, :, None]
+    return ids_CB1S, jnp.tile(jnp.where(ids_CB1S == 0, -1, ids_CB1S), spec.groups)
+
+
+def _meeting(query_ids_CBS: Int[Array, "C B S"], key_ids_CBS: Int[Array, "C B S"]) -> Array:
+    """[C, C]: whether in some row the range of ids of a query block meets that of a key block, padding left out."""
+
+    def ends(ids_CBS):
+        return jnp.where(ids_CBS == 0, jnp.iinfo(ids_CBS.dtype).max, ids_CBS).min(-1), ids_CBS.max(-1)
+
+    (low_CB, high_CB), (key_low_CB, key_high_CB) = ends(query_ids_CBS), ends(key_ids_CBS)
+    meets_CCB = (high_CB[:, None] >= key_low_CB[None]) & (key_high_CB[None] >= low_CB[:, None])
+    return meets_CCB.any(-1)

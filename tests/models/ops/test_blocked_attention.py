@@ -16,6 +16,9 @@ ODD = {"batch": 2, "length": 37, "heads": 6, "kv_heads": 3, "head_dim": 24, "blo
 PACKED = [[1] * 20 + [2] * 9 + [0] * 8, [0] * 18 + [3] * 2 + [7] * 17]
 # Ids need not grow, nor form runs: the rule compares them and nothing else.
 SCATTERED = [[5] * 10 + [2] * 10 + [5] * 10 + [0] * 3 + [2] * 4, [1, 2] * 18 + [1]]
+# Completions of 9 and 8 tokens share a prompt of 6, those of 5 and 4 one of 3; the second row's have no prompt.
+SHARED = [[1] * 6 + [2] * 9 + [3] * 8 + [4] * 3 + [5] * 5 + [6] * 4 + [0] * 2, [1] * 20 + [2] * 17]
+PREFIXES = [[0] * 6 + [1] * 17 + [0] * 3 + [4] * 9 + [0] * 2, [0] * 37]
 
 CASES = {
     "causal": (PLAIN, {}),
@@ -25,6 +28,8 @@ CASES = {
     "chosen_block": ({**PLAIN, "length": 300, "block_size": None}, {"window": 130}),
     "segments": (ODD, {"segments": PACKED}),
     "all": (ODD, {"segments": PACKED, "window": 6, "softcap": 1.5}),
+    "shared": (ODD, {"segments": SHARED, "prefixes": PREFIXES}),
+    "shared_all": (ODD, {"segments": SHARED, "prefixes": PREFIXES, "window": 12, "softcap": 1.5}),
     "all_scattered": (ODD, {"segments": SCATTERED, "window": 21, "softcap": 1.5}),
 }
 
@@ -35,12 +40,14 @@ def make_inputs(rng, size, dtype):
     return [jnp.asarray(rng.standard_normal(shapes[i]), dtype) for i in (0, 1, 1, 0)]
 
 
-def attention(size, *, segments=None, window=None, softcap=None):
+def attention(size, *, segments=None, prefixes=None, window=None, softcap=None):
     """The function under test, of q, k, v alone."""
     segment_ids = None if segments is None else jnp.asarray(segments, jnp.int32)
+    prefix_ids = None if prefixes is None else jnp.asarray(prefixes, jnp.int32)
     return functools.partial(
         blocked_attention,
         segment_ids_BT=segment_ids,
+        prefix_ids_BT=prefix_ids,
         window=window,
         scale=size["head_dim"] ** -0.5,
         softcap=softcap,
@@ -59,7 +66,7 @@ def value_and_gradients(function, q, k, v, d_out):
     return run(q, k, v, d_out)
 
 
-def oracle(q, k, v, d_out, *, scale, segments=None, window=None, softcap=None):
+def oracle(q, k, v, d_out, *, scale, segments=None, prefixes=None, window=None, softcap=None):
     """Dense attention and its gradients in float64, one head at a time, with the softmax's derivative by hand."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
     batch, length, heads, _ = q.shape
@@ -68,7 +75,10 @@ def oracle(q, k, v, d_out, *, scale, segments=None, window=None, softcap=None):
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     for b in range(batch):
         ids = np.ones(length, int) if segments is None else np.asarray(segments[b])
-        visible = (distance >= 0) & (ids[:, None] == ids[None]) & (ids != 0)
+        same = ids[:, None] == ids[None]
+        if prefixes is not None:
+            same |= np.asarray(prefixes[b])[:, None] == ids[None]
+        visible = (distance >= 0) & same & (ids != 0)
         if window is not None:
             visible &= distance < window
         for h in range(heads):
@@ -122,6 +132,31 @@ def test_float32_softmax_survives_logits_far_beyond_the_range_of_exp(rng):
     inputs = (q * 100, k * 10, v, d_out)
     # Logits reach several thousand; a float32 logit of 4000 is known to 2.4e-4, and so is its weight.
     assert_close(value_and_gradients(attention(size, **masks), *inputs), oracle(*inputs, scale=24**-0.5, **masks), 1e-3)
+
+
+def test_completions_that_share_a_prompt_are_those_that_have_one_each(rng):
+    """A row of one prompt and two completions gives what two rows of the prompt and one completion each give."""
+    prompt, first, second = 21, 14, 9
+    size = {**PLAIN, "batch": 1, "length": prompt + first + second, "block_size": 16}
+    segments, prefixes = [[1] * prompt + [2] * first + [3] * second], [[0] * prompt + [1] * (first + second)]
+    inputs = make_inputs(rng, size, jnp.float32)
+    shared = value_and_gradients(attention(size, segments=segments, prefixes=prefixes), *inputs)
+    spans = [np.r_[:prompt, prompt : prompt + first], np.r_[:prompt, prompt + first : size["length"]]]
+    alone = []
+    for number, span in enumerate(spans):
+        q, k, v, d_out = (x[:, span] for x in inputs)
+        # The prompt's own output is counted once.
+        d_out = d_out if number == 0 else d_out.at[:, :prompt].set(0)
+        alone.append(value_and_gradients(attention(size), q, k, v, d_out))
+    for index, name in enumerate(("out", "d_q", "d_k", "d_v")):
+        want = np.zeros(shared[index].shape)
+        for number, span in enumerate(spans):
+            part = np.asarray(alone[number][index], np.float64)
+            if index == 0 and number == 1:
+                part[:, :prompt] = 0
+            want[:, span] += part
+        assert_close([shared[index]] * 4, [want] * 4, 1e-5)
+        assert np.abs(want).max() > 0, name
 
 
 def test_a_document_does_not_feel_its_neighbours_by_a_single_bit(rng):

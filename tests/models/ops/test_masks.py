@@ -22,3 +22,17 @@ def test_a_query_sees_its_own_segment_behind_it_within_the_window(window: int | 
 def test_padding_sees_nothing_and_is_seen_by_nothing() -> None:
     mask = causal_mask(jnp.asarray(SEGMENTS), None)
     assert not mask[0, 5:].any() and not mask[0, :, 5:].any()
+
+
+def test_a_query_sees_its_prefix_too() -> None:
+    segments, prefixes = np.array([[1, 1, 2, 2, 3, 0]]), np.array([[0, 0, 1, 1, 1, 0]])
+    mask = np.asarray(causal_mask(jnp.asarray(segments), None, jnp.asarray(prefixes)))
+    want = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    np.testing.assert_array_equal(mask[0], np.array(want, bool))

@@ -1,5 +1,6 @@
 """Packed rows of sampled sequences: nothing lost, nothing twice, everything beside its token; and the same update."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -149,3 +150,55 @@ def test_an_example_by_hand() -> None:
     for name, values in expected.items():
         np.testing.assert_array_equal(getattr(batch, name), [values], err_msg=name)
     assert batch.old_logps is None and batch.ref_logps is None
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_completions_share_a_prompt_and_read_nothing_of_each_other(data: Any) -> None:
+    """Against the definition: the cells that a predicting state sees are the prompt and the completion so far."""
+    prompts = [list(range(1000 * number, 1000 * number + data.draw(st.integers(1, 9)))) for number in range(1, 4)]
+    sequences = []
+    for number in range(data.draw(st.integers(0, 16))):
+        one = sequence(number, 1, data.draw(st.integers(1, 12)), data.draw(st.booleans()))
+        sequences.append(replace(one, prompt=data.draw(st.sampled_from(prompts))))
+    packing = pack(sequences, row_length=LENGTH, rows_multiple=1, microbatch_rows=4, share_prompts=True)
+    batch, index = packing.batch, np.arange(LENGTH)
+    held: list[tuple[int, int]] = []
+    for one, place in zip(sequences, packing.places, strict=True):
+        assert (place is not None) == one.counts
+        if place is None:
+            continue
+        row, column = place
+        tokens, size = [*one.prompt, *one.completion.tolist()], len(one.completion)
+        columns = slice(column, column + size)
+        np.testing.assert_array_equal(batch.targets[row, columns], one.completion)
+        np.testing.assert_array_equal(batch.sampler_logps[row, columns], one.sampler_logps)
+        (segment,) = set(batch.target_segments[row, columns].tolist())
+        assert 1 <= segment <= packing.max_segments
+        held.append((row, segment))
+        for number, at in enumerate(batch.where[row, columns]):
+            ids = batch.segment_ids[row]
+            sees = (index <= at) & (ids != 0) & ((ids == ids[at]) | (ids == batch.prefix_ids[row, at]))
+            np.testing.assert_array_equal(batch.inputs[row, sees], tokens[: len(one.prompt) + number])
+            np.testing.assert_array_equal(batch.positions[row, sees], np.arange(len(one.prompt) + number))
+    assert len(set(held)) == len(held)
+    assert (batch.target_segments != 0).sum() == sum(len(one.completion) for one in sequences if one.counts)
+
+
+def test_a_row_holds_a_shared_prompt_once_and_another_row_holds_it_again() -> None:
+    """Of 24 cells the prompt takes 6 and completions of 7 tokens 6 each: three fit behind it, the fourth does not."""
+    sequences = [replace(sequence(number, 1, 7, True), prompt=list(range(500, 506))) for number in range(4)]
+    packing = pack(sequences, row_length=LENGTH, rows_multiple=1, microbatch_rows=8, share_prompts=True)
+    batch = packing.batch
+    assert batch.inputs.shape == (2, LENGTH) and packing.places == [(0, 0), (0, 7), (0, 14), (1, 0)]
+    assert batch.segment_ids[0].tolist() == [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6
+    assert batch.prefix_ids[0].tolist() == [0] * 6 + [1] * 18
+    assert batch.where[0, [0, 7, 14]].tolist() == [5, 5, 5]
+    assert batch.segment_ids[1].tolist() == [1] * 6 + [2] * 6 + [0] * 12
+
+
+def test_a_prompts_last_state_may_predict_more_tokens_than_a_row_holds() -> None:
+    """Thirty completions of one token behind a prompt of one take one cell, and predict thirty tokens."""
+    sequences = [replace(sequence(number, 1, 1, True), prompt=[500]) for number in range(30)]
+    batch = pack(sequences, row_length=LENGTH, rows_multiple=1, microbatch_rows=1, share_prompts=True).batch
+    assert batch.where.shape == (1, 30) and not batch.where.any() and (batch.segment_ids != 0).sum() == 1
