@@ -105,18 +105,9 @@ def test_a_grpo_recipe_may_be_the_base_of_an_evaluation(path):
     assert isinstance(recipe, EvalRecipe) and recipe.rl.max_completion_length == 40
 
 
-def test_a_later_layer_sets_aside_what_its_mode_ignores(path):
-    loaded = stages(path, "stages.sft.data.packing=false", "stages.sft.data.buckets=[64]")
-    assert loaded["sft"].loaded.recipe.data.buckets == (64,)
-    text = (
-        path.read_text()
-        .replace("stages:\n", "stages:\n  x: {base: a.yaml}\n")
-        .replace("  data: {kind", "  data: {kind")
-    )
-    path.write_text(
-        text.replace("  x: {base: a.yaml}\n", "") + "  dpo:\n    base: muon.yaml\n    optimizer: {name: adamw}\n"
-    )
+def test_a_stage_sets_aside_what_its_mode_ignores_of_its_base(path):
     (path.parent / "muon.yaml").write_text("base: dpo_stories\noptimizer: {name: muon, muon_beta: 0.5}\n")
+    path.write_text(path.read_text() + "  dpo:\n    base: muon.yaml\n    optimizer: {name: adamw}\n")
     dpo = stages(path)["dpo"].loaded
     assert dpo.recipe.optimizer.name == "adamw" and "muon_beta=0.5 is set aside" in dpo.notes[0]
 
