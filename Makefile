@@ -27,9 +27,8 @@ setup:  ## Makes the virtual environment; does nothing when it is there.
 	@test -n "$(PYTHON)" || { echo "Makefile: PYTHON: no python3.11 (or newer python3) on the path; give PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) .ci/setup_environment.py --venv $(VENV)
 
-run: setup  ## Trains a small model for a few seconds, and lists the recipes that ship.
-	@$(BIN)/posttrain pretrain pretrain_tiny
-	@$(BIN)/posttrain recipes
+run: setup  ## From random weights to an exported model that solves arithmetic stories; what is done is not repeated.
+	@$(BIN)/posttrain pipeline quickstart $(ARGS)
 
 test: setup  ## Tests, but for the slow ones, the campaigns and those that need a GPU.
 	@$(PYTEST) $(PARALLEL) -m "not slow and not soak and not gpu" $(ARGS)
