@@ -13,6 +13,20 @@ from models.ops.rotary import rotate
 Heads = Float[Array, "B T H N"]
 
 
+def serves_prefixes(config: TransformerConfig, implementation: str, dtype: str) -> bool:
+    """Whether a token may see a second segment: fused kernels know none, and a window counts the cells of a row.
+
+    Args:
+        config: the architecture.
+        implementation: of attention, as a recipe names it.
+        dtype: of queries.
+    """
+    chosen = choose_implementation(
+        implementation, head_dim=config.head_dim, dtype=dtype, softcap=config.attention_softcap
+    )
+    return chosen != "flash" and all(window is None for window in config.layer_windows())
+
+
 def attend(
     config: TransformerConfig,
     context: StepContext,

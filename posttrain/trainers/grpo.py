@@ -34,7 +34,7 @@ from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import Prompts, load_reference, make_evaluator, prepare
 from posttrain.trainers.on_policy import require_one_process
-from posttrain.trainers.policy_step import LOGPS, make_scorer, make_update
+from posttrain.trainers.policy_step import LOGPS, make_scorer, make_update, shares_prompts
 from posttrain.trainers.tunix_cluster import keys_until, make_learner
 from pretrain.batching import place
 from pretrain.checkpointing import gather_data_state, state_items
@@ -234,6 +234,7 @@ class GRPO:
             row_length=rl.row_length or rl.max_prompt_length + rl.max_completion_length,
             rows_multiple=self.setup.mesh.size,
             microbatch_rows=self.setup.plan.rows_per_microbatch,
+            share_prompts=shares_prompts(self.setup.model),
         )
 
     def _train_step(

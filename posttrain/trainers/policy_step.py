@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.attend import serves_prefixes
 from models.functional import FunctionalModel, Params
 from models.ops.vocab import TokenStats, token_logprobs
 from posttrain.data.policy_rows import PolicyBatch
@@ -41,7 +42,12 @@ def sampled_stats(
 ) -> TokenStats:
     """Log-probabilities (and entropies) of the completions' tokens alone, [R, C], at the sampling temperature."""
     hidden, _ = model.hidden_states(
-        params, batch.inputs, batch.positions, segment_ids=batch.segment_ids, noise_key=noise_key
+        params,
+        batch.inputs,
+        batch.positions,
+        segment_ids=batch.segment_ids,
+        noise_key=noise_key,
+        prefix_ids=batch.prefix_ids,
     )
     # The head and the softmax run over the C positions that predict a completion's token, not over all T.
     hidden = jnp.take_along_axis(hidden, batch.where[:, :, None], axis=1)
@@ -54,6 +60,11 @@ def sampled_stats(
         temperature=temperature,
         with_entropy=with_entropy,
     )
+
+
+def shares_prompts(model: FunctionalModel) -> bool:
+    """Whether completions may share a prompt in a row: it is then computed once for those of a group."""
+    return serves_prefixes(model.config, model.options.attention, model.options.compute_dtype)
 
 
 def make_scorer(

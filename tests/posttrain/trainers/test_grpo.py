@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from models.checkpoints.manager import list_steps
+from models.functional import FunctionalModel
 from models.tokenizer import load_tokenizer
-from posttrain.data.policy_rows import PolicyBatch, SampledSequence, pack
+from posttrain.data.policy_rows import PolicyBatch, SampledSequence, pack, unpack
 from posttrain.doctor import HopelessRun
 from posttrain.ledger import completions_path, read_step, recorded_steps
 from posttrain.trainers.grpo_setup import prepare
-from posttrain.trainers.policy_step import LOGPS, make_loss_fn, make_update
+from posttrain.trainers.policy_step import LOGPS, make_loss_fn, make_update, shares_prompts
 from pretrain.guard import NonFiniteError
 from pretrain.session import TrainingSession, step_options
 from pretrain.step import ROWS, accumulate
@@ -185,6 +186,43 @@ def test_the_update_of_packed_rows_is_that_of_one_sequence_a_row(
         found.append((dataclasses.replace(sums, rows={}), grads))
     assert_near(found[0], found[1], 1e-6)
     assert abs(float(found[0][0].loss_sum)) > 0.01
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize("attention", ["blocked", "dot_product"])
+def test_the_update_of_shared_prompts_is_that_of_one_sequence_a_row(
+    parts: Any, rng: np.random.Generator, framework: str, attention: str
+) -> None:
+    """Loss, metrics and every gradient to 1e-6: three prompts of three completions each."""
+    recipe, setup, state = parts
+    drawn = sequences(rng)
+    drawn = [dataclasses.replace(one, prompt=drawn[number // 3].prompt) for number, one in enumerate(drawn)]
+    options = setup.model.options.model_copy(update={"framework": framework, "attention": attention})
+    setup = dataclasses.replace(setup, model=FunctionalModel(setup.config, options))
+    assert shares_prompts(setup.model)
+    shared = pack(drawn, row_length=48, rows_multiple=1, microbatch_rows=8, share_prompts=True)
+    plain = pack(drawn, row_length=48, rows_multiple=1, microbatch_rows=8)
+    assert (shared.batch.segment_ids != 0).sum() < (plain.batch.segment_ids != 0).sum()
+    found = []
+    for packing in (shared, plain):
+        rows, segments = packing.batch.inputs.shape[0], packing.max_segments
+        plan = dataclasses.replace(setup.plan, microbatches=1, rows_loaded=rows, rows_trained=rows)
+        loss_fn = make_loss_fn(recipe.rl, setup, temperature=0.7, max_segments=segments)
+        sums, grads = jax.jit(lambda params, batch, f=loss_fn, p=plan: accumulate(f, params, batch, None, p))(
+            state.params, packing.batch
+        )
+        logps = unpack(np.asarray(sums.rows[LOGPS]), packing, drawn)
+        kept = [one for one in logps if one is not None]
+        found.append((dataclasses.replace(sums, rows={}), grads, np.concatenate(kept)))
+    assert_near(found[0], found[1], 1e-6)
+    assert abs(float(found[0][0].loss_sum)) > 0.01
+
+
+def test_windows_and_fused_kernels_leave_each_sequence_its_own_prompt(parts: Any) -> None:
+    model = parts[1].model
+    windowed = model.config.model_copy(update={"sliding_window": 8, "attention_pattern": ("sliding", "full")})
+    assert not shares_prompts(FunctionalModel(windowed, model.options))
+    assert not shares_prompts(FunctionalModel(model.config, model.options.model_copy(update={"attention": "flash"})))
 
 
 def updated(parts: Any, batch: PolicyBatch, **options: Any) -> Any:
