@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.checkpoints.hf_config import resolve_config
-from models.checkpoints.loader import Placement
+from models.checkpoints.loader import Placement, find_step_dir
+from models.checkpoints.run_info import read_run_info
 from models.functional import FunctionalModel
 from models.mesh import make_mesh
 from models.sharding import activation_mesh
@@ -22,7 +23,8 @@ from pretrain.runtime import runtime
 from pretrain.setup import check_lengths, mesh_rules
 from pretrain.start import role_params
 from recipes.load import LoadedRecipe
-from recipes.rundir import create_run
+from recipes.metrics import open_metrics
+from recipes.rundir import Run, create_run
 from recipes.schema import ProblemsRecipe
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,20 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
                 sampler.close()
             folder = attempt.dir / "evaluations"
             report.write(folder, "evaluation")
+            _log(recipe, attempt, report)
             return folder, report
+
+
+def _log(recipe: ProblemsRecipe, attempt: Run, report: Report) -> None:
+    """Writes the figures as a row of metrics at the checkpoint's step, so that reports show them; prints nothing."""
+    path = recipe.model.load_parameters_path
+    step = 0
+    if path is not None:
+        step = read_run_info(find_step_dir(Path(path).expanduser(), where="model.load_parameters_path")).step
+    quiet = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"console": "none"})})
+    # An earlier evaluation in this folder is replaced.
+    with open_metrics(attempt, quiet, restored_step=0, total_steps=max(step, 1)) as writer:
+        writer.write(step, report.metrics())
 
 
 def problems_of(recipe: ProblemsRecipe, tokenizer: Tokenizer, *, source: str) -> Sequence[PromptRow]:

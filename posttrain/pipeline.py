@@ -22,6 +22,7 @@ from posttrain import evaluate_run, export_run
 from posttrain.data.story_files import write_stories
 from posttrain.pipeline_state import DoneStage, check_stages, write_done
 from posttrain.report import Written, write_report
+from posttrain.report_runs import MAX_RUNS
 from posttrain.reward_file import file_hash, hold_to_reward_file
 from posttrain.statistics import Estimate
 from posttrain.trainers import distill, dpo, grpo, sft
@@ -31,7 +32,7 @@ from pretrain.session import Result
 from recipes.load import LoadedRecipe
 from recipes.rundir import create_run, metrics_path, write_atomically
 from recipes.schema import PipelineRecipe, StoriesRecipe
-from recipes.stages import place_stage
+from recipes.stages import TRAINING_KINDS, place_stage
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,11 @@ def spelled_folder(path: Path) -> Path:
 
 
 def _report(loaded: LoadedRecipe, run_dir: Path) -> Written | None:
-    runs = [run_dir / stage.name for stage in loaded.stages]
-    logged = [path for path in runs if metrics_path(path).is_file()]
-    return write_report(logged, run_dir / "report") if logged else None
+    """Reports the stages that logged something; of more than a plot can tell apart, those that train."""
+    logged = [stage for stage in loaded.stages if metrics_path(run_dir / stage.name).is_file()]
+    if len(logged) > MAX_RUNS:
+        logged = [stage for stage in logged if stage.loaded.recipe.kind in TRAINING_KINDS][-MAX_RUNS:]
+    return write_report([run_dir / stage.name for stage in logged], run_dir / "report") if logged else None
 
 
 def _train(trainer: Callable[[LoadedRecipe, Sequence[str]], Result]) -> Runner:

@@ -225,8 +225,13 @@ def test_from_random_weights_to_answers_of_the_exported_model(tmp_path, monkeypa
     out = capsys.readouterr().out
     assert "pretrain (pretrain): done already" in out and "continues at step 1" in out
 
-    assert cli.main(["pipeline", str(file), "run.dir=straight"]) == 0
+    # A reward of the user's that every answer earns, and by which the evaluation judges.
+    rewards = tmp_path / "mine.py"
+    rewards.write_text("RANGES = {'always': (0, 1)}\n\ndef reward_always(completion, **columns):\n    return 1\n")
+    judged = ["stages.eval_sft.eval.correct=always", "--reward-file", str(rewards)]
+    assert cli.main(["pipeline", str(file), "run.dir=straight", *judged]) == 0
     out = capsys.readouterr().out
+    assert re.search(r"eval_sft +sft +100.0 % .* 100.0 % .* 6 ", out), out
     assert "Loaded params from straight/pretrain" in out and "straight/sft: starts (attempt 1)" in out
     assert out.count("  Q: ") == 3 and "native opened straight/export/model" in out
     assert (tmp_path / "straight" / "report" / "index.html").is_file()
