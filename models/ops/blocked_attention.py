@@ -112,7 +112,10 @@ def blocked_attention(
     for name, value in (("window", window), ("block_size", block_size)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"blocked_attention: {name}={value}: it counts positions; give at least 1, or None")
-    block = pick_block(B * H, T) if block_size is None else block_size
+    if block_size is None:
+        # A completion sees its prompt and itself, little of a row: small tiles leave out more of the rest.
+        block_size = pick_block(B * H, T) if prefix_ids_BT is None else min(_MIN_BLOCK, -(-T // 16) * 16)
+    block = block_size
     spec = _Spec(block, -(-T // block), H // num_kv_heads, scale, softcap)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     return _attend(spec, q_BTHN, k_BSKN, v_BSKN, segment_ids_BT, prefix_ids_BT, window)
