@@ -8,15 +8,18 @@ from statistics import NormalDist
 import numpy as np
 
 from bench.sft_data import LEARNING_RATE, make_corpus
-from models.config import load_preset
 from models.tokenizer import load_tokenizer
 from posttrain.data.problems import load_all, prompt_set
 from recipes.load import LoadedRecipe, load_recipe
 from recipes.schema import GRPORecipe
 
-NUM_PROMPTS, GROUP = 4, 8
+NUM_PROMPTS, GROUP, PROMPT_LIMIT = 4, 8, 128
 MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 40, 0.8, 256
 EQUAL_TOKENS = 128
+ROW_LENGTH = {"mixed": 1024, "equal": 1104}
+"""Of our update: about the length of two groups, and of one."""
+NUM_SLOTS = {"native": 8, "vllm": NUM_PROMPTS * GROUP}
+"""Completions that an engine samples at a time: the native one's cost follows them, vLLM's steps."""
 BETA = 0.04
 REWARD_CHARACTERS = 200
 """The reward is how near a completion's text comes to so many characters: cheap, and different within a group."""
@@ -35,6 +38,7 @@ class Workload:
     lengths: list[list[int]]
     """Tokens of each completion, its last one included, [NUM_PROMPTS][GROUP]."""
     max_tokens: int
+    """What a completion may have at most, which nobody's recipe can know to be less."""
     eos_id: int
     texts: list[str] = field(default_factory=list)
     """The prompts, special tokens spelled out."""
@@ -53,8 +57,13 @@ class Workload:
 
     @property
     def predicted(self) -> int:
-        """Tokens of a step's sequences that predict another: an update's real tokens, without any padding."""
+        """Tokens of a step's sequences that predict another, without any padding."""
         return self.sampled + sum(GROUP * (len(prompt) - 1) for prompt in self.prompts)
+
+    @property
+    def distinct(self) -> int:
+        """The same with each prompt once: what is computed where the completions of a group share it."""
+        return self.sampled - self.completions + sum(map(len, self.prompts))
 
     def write(self) -> Path:
         """Writes the file that `read_workload` reads."""
@@ -88,16 +97,16 @@ def make_workload(name: str, folder: Path) -> Workload:
         tokenizer=str(corpus.tokenizer),
         questions=str(questions),
         lengths=lengths,
-        max_tokens=max(map(max, lengths)),
+        max_tokens=MOST_TOKENS if name == "mixed" else EQUAL_TOKENS,
         eos_id=2,
     )
     recipe = our_recipe(bare, engine="native", overrides=()).recipe
     assert isinstance(recipe, GRPORecipe)
     tokenizer = load_tokenizer(recipe.tokenizer)
     assert tokenizer.eos_id == bare.eos_id and 0 not in tokenizer.stop_ids
-    limit = recipe.rl.max_prompt_length
+    problems = load_all(recipe.data).train
     rows = prompt_set(
-        load_all(recipe.data).train, recipe.data, tokenizer, recipe.tokenizer, max_prompt_length=limit, limit=None
+        problems, recipe.data, tokenizer, recipe.tokenizer, max_prompt_length=PROMPT_LIMIT, limit=None
     ).rows
     assert len(rows) == NUM_PROMPTS
     prompts = [list(row.token_ids) for row in rows]
@@ -109,18 +118,18 @@ def our_recipe(workload: Workload, *, engine: str, overrides: tuple[str, ...]) -
     folder = Path(workload.folder)
     text = f"""
 kind: grpo
-model: {{preset: bench-r}}
+model: {{preset: bench-r, scan_layers: false}}
 tokenizer: {{path: {workload.tokenizer}}}
 data: {{path: {workload.questions}, template: "{{question}}", shuffle: false}}
 rl:
   prompts_per_step: {NUM_PROMPTS}
   num_generations: {GROUP}
-  max_prompt_length: 256
-  max_completion_length: {MOST_TOKENS}
-  row_length: 512
+  max_prompt_length: {PROMPT_LIMIT}
+  max_completion_length: {workload.max_tokens}
+  row_length: {ROW_LENGTH[workload.name]}
   beta: {BETA}
 rewards: {{functions: {{length: 1.0}}, options: {{length: {{target: {REWARD_CHARACTERS}, unit: characters}}}}}}
-sampler: {{engine: {engine}, num_slots: {NUM_PROMPTS * GROUP}}}
+sampler: {{engine: {engine}, num_slots: {NUM_SLOTS[engine]}}}
 train: {{steps: 1000000, per_device_batch_size: 16}}
 mesh: {{num_devices: 1}}
 optimizer: {{learning_rate: {LEARNING_RATE}}}
@@ -131,5 +140,4 @@ logging: {{console: none, peak_flops: 1.0e+11}}
 """
     path = folder / f"{engine}.yaml"
     path.write_text(text)
-    assert load_preset("bench-r").max_position >= 512
     return load_recipe(str(path), list(overrides))

@@ -22,7 +22,7 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
-from bench.grpo_data import BETA, GROUP, REWARD_CHARACTERS, Workload, read_workload
+from bench.grpo_data import BETA, GROUP, PROMPT_LIMIT, REWARD_CHARACTERS, Workload, read_workload
 from bench.native_engine import Words
 from bench.sft_data import LEARNING_RATE
 from bench.turns import Orders
@@ -97,7 +97,6 @@ def run(workload: Workload) -> None:
     orders, spent = Orders(), {"rollout": 0.0, "reference": 0.0}
     config = load_preset("bench-r")
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
-    longest = max(map(len, workload.prompts))
     adamw = optax.adamw(LEARNING_RATE, b1=0.9, b2=0.95, weight_decay=0.1)
     settings = ClusterConfig(
         role_to_mesh=dict.fromkeys((Role.ACTOR, Role.ROLLOUT, Role.REFERENCE), mesh),
@@ -109,9 +108,9 @@ def run(workload: Workload) -> None:
         ),
         rollout_config=RolloutConfig(
             max_tokens_to_generate=workload.max_tokens,
-            max_prompt_length=longest,
+            max_prompt_length=PROMPT_LIMIT,
             # The smallest cache that holds a step.
-            kv_cache_size=longest + workload.max_tokens,
+            kv_cache_size=PROMPT_LIMIT + workload.max_tokens,
             temperature=1.0,
             top_p=1.0,
         ),
