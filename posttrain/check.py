@@ -318,7 +318,7 @@ def _prepare_rows(recipe: PretrainRecipe | SFTRecipe | DPORecipe | DistillRecipe
     elif isinstance(recipe, DPORecipe):
         from posttrain.trainers.dpo import prepare as prepare_pairs
 
-        setup, _ = prepare_pairs(recipe)
+        setup = prepare_pairs(recipe)
     else:
         from posttrain.trainers.sft import prepare_rows
 

@@ -184,6 +184,7 @@ class DPORecipe(RowsRecipe):
 
     kind: Literal["dpo"] = "dpo"
     data: PreferenceDataSection
+    lora: LoraSection = LoraSection()
     dpo: DPOSection = DPOSection()
 
     def cross_problems(self) -> Iterator[Problem]:
@@ -191,6 +192,15 @@ class DPORecipe(RowsRecipe):
         yield from super().cross_problems()
         yield from self.tokenizer_problems("pairs are text")
         yield from self.held_out_problems(self.data)
+        yield from self.adapter_problems(self.lora)
+        has_reference = self.dpo.loss in ("dpo", "cdpo", "ipo") and self.lora.rank == 0
+        if has_reference and self.model.load_full_state_path is not None:
+            yield Problem(
+                "model.load_full_state_path",
+                self.model.load_full_state_path,
+                "the reference is the weights that training began with, which a state does not hold",
+                "set model.load_parameters_path to begin at its weights, or run.dir to go on with its run",
+            )
 
 
 class DistillRecipe(RowsRecipe):
@@ -199,6 +209,7 @@ class DistillRecipe(RowsRecipe):
     kind: Literal["distill"] = "distill"
     data: PosttrainDataSection
     teacher: TeacherSection
+    lora: LoraSection = LoraSection()
     distill: DistillSection = DistillSection()
     sampler: SamplerSection = SamplerSection()
 
@@ -207,6 +218,7 @@ class DistillRecipe(RowsRecipe):
         yield from super().cross_problems()
         yield from self.tokenizer_problems("rows are text")
         yield from self.held_out_problems(self.data)
+        yield from self.adapter_problems(self.lora)
         if self.teacher.preset is None and self.teacher.hf_path is None:
             yield Problem(
                 "teacher.preset", None, "a model has an architecture", "set teacher.preset or teacher.hf_path"

@@ -4,6 +4,8 @@
                     reference = log-probabilities of both answers under the frozen reference (or read from the cache)
                     loss      = sum over pairs of the named loss of both models' log-probabilities / number of pairs
 
+Under adapters the reference is the base that the policy shares with it, and no second model is held.
+
 What differs from Tunix's: each answer is masked by its own length and its stop token is trained even where it doubles
 as padding; pairs come in length buckets; logits exist a chunk at a time; a step divides once over all micro-batches.
 """
@@ -19,9 +21,16 @@ from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig
 
 from models.checkpoints.loader import Placement
 from models.functional import FunctionalModel, Params
-from models.sharding import activation_mesh
-from models.tokenizer import load_tokenizer
-from posttrain.bundle import FrozenRole, ModelBundle, freeze
+from models.lora import join
+from posttrain.bundle import (
+    AdapterBase,
+    FrozenRole,
+    ModelBundle,
+    Role,
+    freeze,
+    require_offload_effect,
+    resting,
+)
 from posttrain.data.pairs import (
     PreferenceBatch,
     make_preference_eval_iterator,
@@ -31,21 +40,20 @@ from posttrain.data.pairs import (
 from posttrain.losses.preference import PREFERENCES, preference_loss
 from posttrain.trainers.held_out import evaluate
 from posttrain.trainers.pair_scores import Score, ScoredPairs, Scores, cache_scores, pair_logprobs
+from posttrain.trainers.row_runs import opened_run, row_reading
 from posttrain.trainers.tunix_loop import NO_OPTIMIZER, attach, drive_with, driven_config, session_step
 from pretrain.batching import place
 from pretrain.checkpointing import gather_data_state, state_items
 from pretrain.data.batch import FIELD_NAMES
 from pretrain.data.iterators import RowIterator
 from pretrain.optimizers import stop_frozen_gradients
-from pretrain.runtime import require_shared_directory, runtime
 from pretrain.session import Result, TrainingSession, Work, reaches, run_session, step_options
 from pretrain.setup import ModelSetup, Setup, prepare_model
-from pretrain.start import role_params
+from pretrain.start import adapter_base, first_adapters, role_params
 from pretrain.state import TrainState
 from pretrain.step import jit_train_step, make_train_step
 from pretrain.sums import LossOutput, Mean
 from recipes.load import LoadedRecipe
-from recipes.rundir import create_run
 from recipes.schema import DPORecipe, DPOSection
 
 logger = logging.getLogger(__name__)
@@ -87,15 +95,14 @@ class PreferenceTrainer(DPOTrainer):
     """Tunix's trainer, driven by a session."""
 
     def __init__(self, bundle: ModelBundle, session: TrainingSession, score: Score) -> None:
-        reference = bundle.reference and bundle.view(bundle.reference)
         policy = bundle.policy(session.state.params)
-        super().__init__(policy, reference, NO_OPTIMIZER, driven_config(DPOTrainingConfig))
+        super().__init__(policy, bundle.view(bundle.reference), NO_OPTIMIZER, driven_config(DPOTrainingConfig))
         self._session, self._score = session, score
         attach(self, session)
 
     def _prepare_inputs(self, training_input: PreferenceBatch) -> ScoredPairs:
         """Adds the reference's log-probabilities."""
-        return self._score(training_input)
+        return self._score(training_input, self._session.state.params)
 
     def create_train_step_fn(self):
         """The session's step in place of Tunix's."""
@@ -115,68 +122,70 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     """Runs a recipe of kind dpo to its end; errors as in `posttrain.trainers.sft.run`."""
     recipe = loaded.recipe
     assert isinstance(recipe, DPORecipe), recipe.kind
-    with runtime(recipe.train, recipe.mesh):
-        require_shared_directory(recipe.run)
-        setup, passes = prepare(recipe)
-        with create_run(recipe, argv, jax.process_index() == 0) as attempt:
-            logger.info(attempt.story)
-            with activation_mesh(setup.mesh, setup.rules):
-                reference = load_reference(recipe, setup) if PREFERENCES[recipe.dpo.loss].needs_reference else None
-                scores = Scores.of(setup, reference)
-                if reference is not None and recipe.dpo.reference == "cached":
-                    scores, reference = cache_scores(setup, reference, passes(), attempt.dir), None
-                bundle = ModelBundle(setup, reference=reference)
-                logger.info(bundle.memory_table(recipe.optimizer))
-                work = pair_work(recipe, setup, scores, bundle)
-                return run_session(
-                    recipe,
-                    setup,
-                    work,
-                    attempt,
-                    loop=lambda session: drive_with(PreferenceTrainer(bundle, session, scores.train)),
-                )
+    with opened_run(recipe, argv, prepare) as (setup, attempt):
+        reference = load_reference(recipe, setup) if PREFERENCES[recipe.dpo.loss].needs_reference else None
+        if isinstance(reference, FrozenRole) and recipe.dpo.reference == "cached":
+            scores = cache_scores(setup, reference, open_passes(recipe, setup), attempt.dir)
+            reference = None
+        else:
+            scores = Scores.of(setup, reference)
+        bundle = ModelBundle(setup, reference=reference)
+        length = recipe.data.sequence_length
+        logger.info(bundle.memory_table(recipe.optimizer, row_length=length, rows_per_example=2))
+        work = pair_work(recipe, setup, scores, bundle)
+        return run_session(
+            recipe,
+            setup,
+            work,
+            attempt,
+            loop=lambda session: drive_with(PreferenceTrainer(bundle, session, scores.train)),
+        )
 
 
-def prepare(recipe: DPORecipe) -> tuple[Setup, Callable[[], dict[str, RowIterator]]]:
-    """Builds and checks the parts of a run.
-
-    Returns:
-        The parts, and a function that opens one pass over each kind of pair that the run reads.
-    """
+def prepare(recipe: DPORecipe) -> Setup:
+    """Builds and checks the parts of a run; errors as in `run`."""
     parts = prepare_model(
-        recipe, sequence_length=recipe.data.sequence_length, eval_per_device=recipe.eval.per_device_batch_size
+        recipe,
+        sequence_length=recipe.data.sequence_length,
+        eval_per_device=recipe.eval.per_device_batch_size,
+        lora=recipe.lora,
     )
-    tokenizer = load_tokenizer(recipe.tokenizer)
-    shared: dict[str, Any] = {
-        "vocab_size": parts.config.vocab_size,
-        "add_bos": recipe.tokenizer.add_bos,
-        "add_eos": recipe.tokenizer.add_eos,
-        "host_index": parts.share.index,
-        "host_count": parts.share.count,
-    }
-    rows, eval_rows = (plan.rows_loaded // parts.share.count for plan in (parts.plan, parts.eval_plan))
-    training = make_preference_iterator(recipe.data, tokenizer, rows_per_batch=rows, **shared)
+    require_offload_effect("dpo.reference_memory", recipe.dpo.reference_memory, parts.mesh)
+    reading = row_reading(recipe, parts)
+    training = make_preference_iterator(recipe.data, reading.tokenizer, rows_per_batch=reading.rows, **reading.options)
     held_out = None
     if recipe.eval.interval > 0:
-        held_out = make_preference_eval_iterator(recipe.data, tokenizer, rows_per_batch=eval_rows, **shared)
+        held_out = make_preference_eval_iterator(
+            recipe.data, reading.tokenizer, rows_per_batch=reading.eval_rows, **reading.options
+        )
     loss_fn = make_loss_fn(parts.model, recipe.dpo, chunk_size=parts.chunk_size, trainable=parts.trainable)
-    setup = Setup(**vars(parts), train_iterator=training, eval_iterator=held_out, loss_fn=loss_fn)
-
-    def passes() -> dict[str, RowIterator]:
-        opened = {"train": make_preference_pass(recipe.data, tokenizer, rows_per_batch=rows, **shared)}
-        if recipe.eval.interval > 0:
-            opened["eval"] = make_preference_eval_iterator(recipe.data, tokenizer, rows_per_batch=rows, **shared)
-        return opened
-
-    return setup, passes
+    return Setup(**vars(parts), train_iterator=training, eval_iterator=held_out, loss_fn=loss_fn)
 
 
-def load_reference(recipe: DPORecipe, setup: ModelSetup) -> FrozenRole:
-    """The reference: the weights that the policy starts from, in arrays of its own."""
-    model = FunctionalModel(setup.config, recipe.model)
-    placement = Placement(setup.mesh, setup.rules)
-    verify, seed = recipe.checkpoint.verify, recipe.train.seed
-    return freeze("reference", model, role_params(recipe.model, model, placement, verify=verify, seed=seed))
+def open_passes(recipe: DPORecipe, setup: ModelSetup) -> dict[str, RowIterator]:
+    """One pass over each kind of pair that a run reads."""
+    reading = row_reading(recipe, setup)
+    shared: dict[str, Any] = {"rows_per_batch": reading.rows, **reading.options}
+    opened = {"train": make_preference_pass(recipe.data, reading.tokenizer, **shared)}
+    if recipe.eval.interval > 0:
+        opened["eval"] = make_preference_eval_iterator(recipe.data, reading.tokenizer, **shared)
+    return opened
+
+
+def load_reference(recipe: DPORecipe, setup: ModelSetup) -> Role:
+    """The reference: the weights that the policy starts from, in arrays of its own, or the base under its adapters."""
+    dpo, verify, seed = recipe.dpo, recipe.checkpoint.verify, recipe.train.seed
+    if setup.model.adapters is not None:
+        if dpo.reference == "model":
+            return AdapterBase("reference", setup.model)
+        # Adapters that change nothing yet: the base as it rests, quantised or not.
+        return freeze("reference", setup.model, join(adapter_base(recipe, setup), first_adapters(recipe, setup)))
+    section = recipe.model
+    if dpo.reference_dtype is not None:
+        section = section.model_copy(update={"param_dtype": dpo.reference_dtype})
+    model, placement = FunctionalModel(setup.config, section), Placement(setup.mesh, setup.rules)
+    role = freeze("reference", model, role_params(section, model, placement, verify=verify, seed=seed))
+    return resting(role, dpo.reference_memory)
 
 
 def pair_work(recipe: DPORecipe, setup: Setup, scores: Scores, bundle: ModelBundle) -> Work:
@@ -196,7 +205,7 @@ def pair_work(recipe: DPORecipe, setup: Setup, scores: Scores, bundle: ModelBund
     def evaluation(state: TrainState) -> dict[str, float]:
         assert setup.eval_iterator is not None
         return evaluate(
-            lambda rows: sums_of(state.params, scores.held_out(placed(rows))),
+            lambda rows: sums_of(state.params, scores.held_out(placed(rows), state.params)),
             setup.eval_iterator,
             num_batches=recipe.eval.steps,
         )

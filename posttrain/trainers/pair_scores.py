@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from models.functional import FunctionalModel, Params
 from models.ops.vocab import token_logprobs
-from posttrain.bundle import FrozenRole
+from posttrain.bundle import FrozenRole, Role
 from posttrain.data.pairs import PreferenceBatch
 from posttrain.trainers.reference_cache import cached_logprobs
 from pretrain.batching import place
@@ -31,7 +31,8 @@ class ScoredPairs:
     ref_rejected: Any
 
 
-Score = Callable[[PreferenceBatch], ScoredPairs]
+Score = Callable[[PreferenceBatch, Params], ScoredPairs]
+"""Adds the reference's log-probabilities to pairs on the mesh, given the policy's parameters."""
 
 
 def pair_logprobs(
@@ -70,12 +71,19 @@ def pair_logprobs(
 
 def reference_sums(setup: ModelSetup, reference: FrozenRole) -> Callable[[PreferenceBatch], Float[Array, "B 2"]]:
     """The reference's log-probabilities of pairs on the mesh, jitted."""
+    sums_of = _sums_of(setup, reference)
+    return lambda pairs: sums_of(reference.params, pairs)
+
+
+def _sums_of(setup: ModelSetup, reference: Role) -> Callable[[Params, PreferenceBatch], Float[Array, "B 2"]]:
+    """The same, given the arrays that the role takes."""
 
     @jax.jit
-    def sums_of(params: Params, pairs: PreferenceBatch) -> jax.Array:
-        return pair_logprobs(setup.model, params, pairs, None, chunk_size=setup.chunk_size)[0]
+    def sums_of(arrays: Params, pairs: PreferenceBatch) -> jax.Array:
+        params = reference.seen(arrays)
+        return pair_logprobs(reference.model, params, pairs, None, chunk_size=setup.chunk_size)[0]
 
-    return lambda pairs: sums_of(reference.params, pairs)
+    return sums_of
 
 
 @dataclass(frozen=True)
@@ -86,14 +94,14 @@ class Scores:
     held_out: Score
 
     @classmethod
-    def of(cls, setup: ModelSetup, reference: FrozenRole | None) -> "Scores":
+    def of(cls, setup: ModelSetup, reference: Role | None) -> "Scores":
         """Runs the reference on each batch; without one, adds nothing."""
         if reference is None:
-            return cls(*[lambda pairs: ScoredPairs(pairs, None, None)] * 2)
-        sums_of = reference_sums(setup, reference)
+            return cls(*[lambda pairs, policy: ScoredPairs(pairs, None, None)] * 2)
+        sums_of = _sums_of(setup, reference)
 
-        def score(pairs: PreferenceBatch) -> ScoredPairs:
-            sums = sums_of(pairs)
+        def score(pairs: PreferenceBatch, policy: Params) -> ScoredPairs:
+            sums = sums_of(reference.arrays(policy), pairs)
             return ScoredPairs(pairs, sums[:, 0], sums[:, 1])
 
         return cls(score, score)
@@ -119,7 +127,7 @@ def _looked_up(table: Float[Array, "P 2"]) -> Score:
         # Padding has the id -1; its row counts nothing. An id beyond the table would be a pair never seen: NaN.
         return jnp.where(pair_id[:, None] < 0, 0.0, table.at[pair_id].get(mode="fill", fill_value=jnp.nan))
 
-    def score(pairs: PreferenceBatch) -> ScoredPairs:
+    def score(pairs: PreferenceBatch, policy: Params) -> ScoredPairs:
         sums = look_up(table, pairs.pair_id)
         return ScoredPairs(pairs, sums[:, 0], sums[:, 1])
 

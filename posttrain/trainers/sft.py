@@ -10,24 +10,20 @@ by tokens, and parameters are donated.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from tunix.sft.peft_trainer import PeftTrainer
 
-from models.sharding import activation_mesh
-from models.tokenizer import load_tokenizer
 from posttrain.bundle import ModelBundle
 from posttrain.data.build import make_sft_eval_iterator, make_sft_iterator
+from posttrain.trainers.row_runs import opened_run, row_reading
 from posttrain.trainers.tunix_loop import NO_OPTIMIZER, attach, drive_with, driven_config, session_step, silent_logger
 from pretrain.losses import make_loss_fn
-from pretrain.runtime import require_shared_directory, runtime
 from pretrain.session import Result, TrainingSession, run_session
 from pretrain.setup import Setup, prepare_model
 from pretrain.step import Batch
 from pretrain.trainer import token_work
 from recipes.load import LoadedRecipe
-from recipes.rundir import create_run
 from recipes.schema import DistillRecipe, SFTRecipe
 
 logger = logging.getLogger(__name__)
@@ -62,41 +58,28 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     """
     recipe = loaded.recipe
     assert isinstance(recipe, SFTRecipe), recipe.kind
-    with runtime(recipe.train, recipe.mesh):
-        require_shared_directory(recipe.run)
-        setup = prepare_rows(recipe)
-        with create_run(recipe, argv, jax.process_index() == 0) as attempt:
-            logger.info(attempt.story)
-            with activation_mesh(setup.mesh, setup.rules):
-                bundle = ModelBundle(setup)
-                logger.info(bundle.memory_table(recipe.optimizer))
-                work = token_work(recipe, setup, sequence_length=recipe.data.sequence_length)
-                return run_session(
-                    recipe, setup, work, attempt, loop=lambda session: drive_with(SFTTrainer(bundle, session))
-                )
+    with opened_run(recipe, argv, prepare_rows) as (setup, attempt):
+        bundle = ModelBundle(setup)
+        logger.info(bundle.memory_table(recipe.optimizer, row_length=recipe.data.sequence_length))
+        work = token_work(recipe, setup, sequence_length=recipe.data.sequence_length)
+        return run_session(recipe, setup, work, attempt, loop=lambda session: drive_with(SFTTrainer(bundle, session)))
 
 
 def prepare_rows(recipe: SFTRecipe | DistillRecipe) -> Setup:
-    """Builds and checks the parts of a run on rows of examples."""
+    """Builds and checks the parts of a run on rows of examples; errors as in `run`."""
     parts = prepare_model(
         recipe,
         sequence_length=recipe.data.sequence_length,
         eval_per_device=recipe.eval.per_device_batch_size,
-        lora=recipe.lora if isinstance(recipe, SFTRecipe) else None,
+        lora=recipe.lora,
     )
-    tokenizer = load_tokenizer(recipe.tokenizer)
-    shared: dict[str, Any] = {
-        "vocab_size": parts.config.vocab_size,
-        "add_bos": recipe.tokenizer.add_bos,
-        "add_eos": recipe.tokenizer.add_eos,
-        "host_index": parts.share.index,
-        "host_count": parts.share.count,
-    }
-    rows, eval_rows = (plan.rows_loaded // parts.share.count for plan in (parts.plan, parts.eval_plan))
-    training = make_sft_iterator(recipe.data, tokenizer, rows_per_batch=rows, **shared)
+    reading = row_reading(recipe, parts)
+    training = make_sft_iterator(recipe.data, reading.tokenizer, rows_per_batch=reading.rows, **reading.options)
     held_out = None
     if recipe.eval.interval > 0:
-        held_out = make_sft_eval_iterator(recipe.data, tokenizer, rows_per_batch=eval_rows, **shared)
+        held_out = make_sft_eval_iterator(
+            recipe.data, reading.tokenizer, rows_per_batch=reading.eval_rows, **reading.options
+        )
     loss_fn = make_loss_fn(
         parts.model, z_loss=recipe.train.z_loss, chunk_size=parts.chunk_size, trainable=parts.trainable
     )

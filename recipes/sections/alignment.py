@@ -9,9 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from recipes.sections.base import AsTuple, OnlyWhen, Problem, Section, Unless
-from recipes.sections.model import ModelSection
+from recipes.sections.model import Dtype, ModelSection
 
 WITH_ADAPTERS = Unless("rank", 0)
+WITHOUT_ADAPTERS = OnlyWhen("lora.rank", 0)
+"""Under adapters the reference is the base, in whose arrays it lies."""
+Memory = Literal["device", "pinned_host"]
 
 
 class LoraSection(Section):
@@ -57,6 +60,12 @@ class DPOSection(Section):
     """The weight of orpo's odds term beside the chosen answer's loss."""
     reference: Annotated[Literal["model", "cached"], OnlyWhen("loss", "dpo", "cdpo", "ipo")] = "model"
     """model runs the frozen reference at each step; cached computes its log-probabilities once and keeps them."""
+    reference_dtype: Annotated[Dtype | None, OnlyWhen("loss", "dpo", "cdpo", "ipo"), WITHOUT_ADAPTERS] = None
+    """The reference's stored parameters; null is the policy's number format."""
+    reference_memory: Annotated[
+        Memory, OnlyWhen("loss", "dpo", "cdpo", "ipo"), OnlyWhen("reference", "model"), WITHOUT_ADAPTERS
+    ] = "device"
+    """Where the reference's parameters rest between the batches that it scores; no effect on a CPU."""
 
     def problems(self) -> Iterator[Problem]:
         """Yields a conservative loss without its smoothing."""
@@ -83,6 +92,16 @@ class DistillSection(Section):
     """What crosses from teacher to student: final hidden states, or the top logits with the mass of the tail."""
     top_k: Annotated[int, Field(ge=1), OnlyWhen("transfer", "top_k")] = 64
     """Logits of each token that cross."""
+    teacher_outputs: Annotated[
+        Literal["online", "cached"],
+        OnlyWhen("transfer", "top_k"),
+        OnlyWhen("mode", "offline"),
+        OnlyWhen("feature_loss", "none"),
+    ] = "online"
+    """online runs the teacher at each step; cached runs it once over all examples, keeps what crosses on disk, and
+    trains without it."""
+    cache_path: Annotated[str | None, OnlyWhen("teacher_outputs", "cached")] = None
+    """A folder that keeps what crosses, for other runs of the same teacher too; null is the run's own."""
     feature_loss: Literal["none", "cosine", "l2"] = "none"
     """A loss between final hidden states of the same width, beside the divergence."""
     feature_coefficient: Annotated[float, Field(ge=0.0), Unless("feature_loss", "none")] = 0.0
@@ -91,3 +110,6 @@ class DistillSection(Section):
 
 class TeacherSection(ModelSection):
     """The frozen teacher: a model of its own, with the same vocabulary."""
+
+    memory: Annotated[Memory, OnlyWhen("distill.teacher_outputs", "online")] = "device"
+    """Where its parameters rest between the batches that it reads; no effect on a CPU."""

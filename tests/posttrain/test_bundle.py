@@ -1,5 +1,6 @@
 """Frozen roles and what they cost: a checksum that sees every change, views that copy nothing, bytes by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,10 +14,29 @@ from hypothesis import strategies as st
 from models.checksum import checksum
 from models.config import load_preset
 from models.functional import FunctionalModel
+from models.lora import split
+from models.mesh import make_mesh
 from models.parameters import flatten
-from posttrain.bundle import LinenPolicy, ModelBundle, as_module, freeze
+from posttrain.bundle import (
+    AdapterBase,
+    LinenPolicy,
+    ModelBundle,
+    activation_bytes,
+    as_module,
+    freeze,
+    require_offload_effect,
+    resting,
+)
 from pretrain.setup import prepare_model
-from recipes.schema import ModelSection, PosttrainDataSection, SFTRecipe, TokenizerSection, TrainSection
+from recipes.schema import (
+    MeshSection,
+    ModelSection,
+    PosttrainDataSection,
+    SFTRecipe,
+    TokenizerSection,
+    TrainSection,
+)
+from recipes.sections.alignment import LoraSection
 
 CONFIG = load_preset("tiny-llama").replace(embed_dim=16, mlp_dim=24, num_heads=2, num_kv_heads=1, vocab_size=40)
 
@@ -110,6 +130,48 @@ def test_a_bundle_checks_each_of_its_frozen_roles() -> None:
         ModelBundle(setup, reference=good, teacher=bad).require_frozen()
 
 
+# --- where roles rest ---
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_a_role_on_the_host_is_the_same_model_and_keeps_nothing_on_the_device(framework: Any) -> None:
+    """A CPU has the memory kind too, so that the way there and back is real; only its use isn't."""
+    plain = model(framework=framework)
+    role = freeze("teacher", plain, plain.init(jax.random.key(0)))
+    aside = resting(role, "pinned_host")
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(aside.params)} == {"pinned_host"}
+    assert resting(role, "device") is role
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 40)
+    run = jax.jit(lambda arrays: plain(aside.seen(arrays), tokens)[0])
+    np.testing.assert_array_equal(run(aside.arrays({})), jax.jit(lambda params: plain(params, tokens)[0])(role.params))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(aside.head())} == {
+        leaf.sharding.memory_kind for leaf in jax.tree.leaves(role.params)
+    }
+    aside.require_unchanged()
+    with pytest.raises(RuntimeError, match="teacher: its parameters changed"):
+        replace(aside, params=jax.tree.map(lambda leaf: leaf * 2, aside.params)).require_unchanged()
+
+
+def test_a_rest_on_the_host_has_no_effect_on_a_cpu() -> None:
+    mesh = make_mesh(MeshSection(num_devices=1))
+    require_offload_effect("teacher.memory", "device", mesh)
+    with pytest.raises(ValueError, match=r"teacher\.memory=pinned_host: has no effect on a CPU"):
+        require_offload_effect("teacher.memory", "pinned_host", mesh)
+
+
+def test_the_base_under_adapters_computes_what_the_base_alone_does() -> None:
+    """Whatever the adapters have learnt, to the bit."""
+    adapters = LoraSection(rank=2)
+    adapted = FunctionalModel(CONFIG, ModelSection(preset="tiny-llama"), adapters)
+    params = jax.tree.map(lambda leaf: leaf + 0.5, adapted.init(jax.random.key(0)))
+    role = AdapterBase("reference", adapted)
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 40)
+    found = jax.jit(lambda arrays: adapted(role.seen(arrays), tokens)[0])(role.arrays(params))
+    expected = jax.jit(lambda base: model()(base, tokens)[0])(split(params)[0])
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(np.asarray(adapted(params, tokens)[0] - found)).max() > 0.1
+
+
 # --- views ---
 
 
@@ -166,4 +228,24 @@ def test_the_memory_table_by_hand() -> None:
         # 256 tokens by 32768 by 4 bytes.
         "policy logits of a chunk": 32.0,
         "sum": pytest.approx(5 * mib + 32, abs=0.3),
+        # Parameters and moments, as they wait in host memory while a save is written.
+        "policy snapshot of a save, on the host": pytest.approx(3 * mib, abs=0.06),
     }
+    assert "activations aside" in table
+    with_rows = ModelBundle(setup).memory_table(recipe.optimizer, row_length=128, rows_per_example=2)
+    (line,) = [line for line in with_rows.splitlines() if "activations, at most" in line]
+    kept = activation_bytes(setup.model, None, 8, 128)
+    assert float(line.split()[-2].replace(",", "")) == pytest.approx(kept / 2**20, abs=0.06)
+
+
+def test_activations_grow_by_what_each_layer_keeps() -> None:
+    """With all rematerialised a layer keeps its input alone: float32 [rows, T, D] for each of three more layers."""
+
+    def kept(num_layers: int, rows: int, **options: Any) -> int:
+        config = CONFIG.replace(num_layers=num_layers)
+        whole = FunctionalModel(config, ModelSection(preset="tiny-llama", **options))
+        return activation_bytes(whole, None, rows, 20)
+
+    assert kept(5, 3, remat="full") - kept(2, 3, remat="full") == 3 * (3 * 20 * 16 * 4)
+    assert kept(2, 6) == 2 * kept(2, 3)
+    assert kept(2, 3) > 3 * kept(2, 3, remat="full")

@@ -30,7 +30,7 @@ def sums_on(kind: str, folder: Path, *overrides: str) -> tuple[Any, int]:
     recipe: Any = load(
         kind, folder, "unused", *overrides, "data.packing=true" if kind != "dpo" else "dpo.beta=2.0"
     ).recipe
-    setup: Any = dpo.prepare(recipe)[0] if kind == "dpo" else sft.prepare_rows(recipe)
+    setup: Any = dpo.prepare(recipe) if kind == "dpo" else sft.prepare_rows(recipe)
     rows = place(next(setup.train_iterator), setup.batch_sharding, setup.share)
     setup.close()
     with activation_mesh(setup.mesh, setup.rules):
@@ -38,7 +38,7 @@ def sums_on(kind: str, folder: Path, *overrides: str) -> tuple[Any, int]:
         if kind == "dpo":
             # A reference of another seed, so that the loss is not flat.
             other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 8})})
-            rows = Scores.of(setup, dpo.load_reference(other, setup)).train(rows)
+            rows = Scores.of(setup, dpo.load_reference(other, setup)).train(rows, params)
         if kind == "distill":
             teacher = distill.load_teacher(recipe, setup)
             rows = distill.make_teach(recipe.distill, teacher, setup.chunk_size)(rows)

@@ -45,7 +45,7 @@ def opened(folder: Path, *overrides: str) -> tuple[Any, Any, Any, list[Preferenc
     """The recipe, the parts of a run, its first parameters, and all batches of one epoch."""
     base = ("data.shuffle=false", "data.num_epochs=1", "train.per_device_batch_size=8")
     recipe: Any = load("dpo", folder, "unused", *base, *overrides).recipe
-    setup, _ = prepare(recipe)
+    setup = prepare(recipe)
     batches = list(setup.train_iterator)
     setup.close()
     return recipe, setup, initial(recipe, setup).params, batches
@@ -63,7 +63,7 @@ def totals(recipe: Any, setup: Any, params: Any, batches: list[Any], microbatche
     count = batches[0].weights.shape[0]
     plan = BatchPlan(microbatches, count, count // microbatches)
     sums_of = jax.jit(lambda params, batch: accumulate(setup.loss_fn, params, batch, None, plan))
-    found = [sums_of(params, scores.train(jax.device_put(batch))) for batch in batches]
+    found = [sums_of(params, scores.train(jax.device_put(batch), params)) for batch in batches]
     # The metrics are differences of log-probabilities of some 100 nats, and so keep fewer digits than a loss.
     found = [(dataclasses.replace(sums, metrics={}), grads) for sums, grads in found]
     return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *found)
@@ -137,7 +137,7 @@ def test_a_run_begins_at_ln_2_and_its_reference_never_moves(folder: Path, monkey
         role = roles.pop()
         role.require_unchanged()
         recipe: Any = load("dpo", folder, "unused", *more).recipe
-        setup, _ = prepare(recipe)
+        setup = prepare(recipe)
         setup.close()
         first = initial(recipe, setup)
         assert_same_bits(role.params, first.params)

@@ -85,6 +85,6 @@ def test_a_pair_that_the_table_lacks_is_no_number_and_padding_counts_nothing() -
     score = _looked_up(jnp.array([[-1.0, -2.0], [np.nan, np.nan], [-3.0, -4.0]]))
     batch = empty_pairs(5, 4)
     batch.pair_id[:] = [2, 1, 3, -1, 0]
-    scored = score(batch)
+    scored = score(batch, {})
     np.testing.assert_array_equal(scored.ref_chosen, [-3.0, np.nan, np.nan, 0.0, -1.0])
     np.testing.assert_array_equal(scored.ref_rejected, [-4.0, np.nan, np.nan, 0.0, -2.0])

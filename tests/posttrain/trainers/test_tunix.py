@@ -116,7 +116,7 @@ def temporary_bytes(kind: str, folder: Path, chunk: int) -> int:
     cells = jax.ShapeDtypeStruct((ROWS_A_STEP, LENGTH), jnp.int32)
     rows = TokenBatch(*[cells] * 6)
     if kind == "dpo":
-        setup, _ = dpo.prepare(recipe)
+        setup = dpo.prepare(recipe)
         pairs = ROWS_A_STEP // 2
         number = jax.ShapeDtypeStruct((pairs,), jnp.float32)
         fields = dpo.empty_pairs(pairs, LENGTH)
