@@ -104,6 +104,9 @@ def show(
     overrides: OverridesArgument = None,
     plain: Annotated[bool, typer.Option("--plain", help="No colours, as when the output is not a terminal.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say above each key what it means.")] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="Of a pipeline: this stage, with all its values.")
+    ] = None,
 ) -> None:
     """Print a recipe with all its values and their origins.
 
@@ -111,7 +114,14 @@ def show(
     """
     from recipes.present import shown_lines
 
-    lines = list(shown_lines(open_recipe(recipe, overrides), explain))
+    loaded = open_recipe(recipe, overrides)
+    if stage is not None:
+        names = {one.name: one.loaded for one in loaded.stages}
+        if stage not in names:
+            known = f"its stages are {', '.join(names)}" if names else "it is no pipeline"
+            raise ValueError(f"--stage={stage}: {loaded.source} has no such stage; {known}")
+        loaded = names[stage]
+    lines = list(shown_lines(loaded, explain))
     if plain or not sys.stdout.isatty():
         print("\n".join(map(str, lines)))
         return

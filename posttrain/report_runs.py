@@ -127,11 +127,15 @@ def open_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _run_folders(path: Path) -> list[Path]:
-    if _is_run(path):
-        return [path]
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; name the folder of a run")
     inside = [folder for folder in path.iterdir() if folder.is_dir() and _is_run(folder)]
+    if _is_run(path):
+        # A pipeline's folder is that of a run too; of its stages, those count that logged something.
+        logged = [folder for folder in inside if metrics_path(folder).is_file()]
+        if metrics_path(path).is_file() or not logged:
+            return [path]
+        inside = logged
     if not inside:
         raise ValueError(
             f"{path}: is no run: it holds neither metrics.jsonl nor resolved.yaml, nor folders that do; "

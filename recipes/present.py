@@ -42,11 +42,26 @@ def shown_lines(loaded: LoadedRecipe, explain: bool) -> Iterator[ShownLine]:
             yield ShownLine(f"{name}: {dump_inline(value)}", _origin(loaded, name))
             continue
         yield ShownLine(f"{name}:", "")
-        docs = field_docs(type(getattr(loaded.recipe, name))) if explain else {}
+        if name == "stages":
+            for stage, keys in value.items():
+                yield from _stage_lines(loaded, stage, keys)
+            continue
+        section = getattr(loaded.recipe, name)
+        docs = field_docs(type(section)) if explain and isinstance(section, BaseModel) else {}
         for key, inner in value.items():
             if key in docs:
                 yield ShownLine(f"  # {docs[key]}", "")
             yield ShownLine(f"  {key}: {dump_inline(inner)}", _origin(loaded, f"{name}.{key}"))
+
+
+def _stage_lines(loaded: LoadedRecipe, stage: str, keys: Any) -> Iterator[ShownLine]:
+    """A pipeline's stage as the pipeline has it: a line for each of its keys."""
+    if not isinstance(keys, dict) or not keys:
+        yield ShownLine(f"  {stage}: {dump_inline(keys)}", _origin(loaded, f"stages.{stage}"))
+        return
+    yield ShownLine(f"  {stage}:", "")
+    for key, inner in keys.items():
+        yield ShownLine(f"    {key}: {dump_inline(inner)}", _origin(loaded, f"stages.{stage}.{key}"))
 
 
 def description(path: Path) -> str:

@@ -10,6 +10,7 @@ import pytest
 from models.checkpoints.hf_config import read_config
 from posttrain import cli, pipeline
 from posttrain.pipeline_state import read_done
+from posttrain.report_runs import open_runs
 from pretrain.guard import Interrupted, NonFiniteError
 from pretrain.session import TrainingSession
 from recipes.load import load_recipe
@@ -235,6 +236,8 @@ def test_from_random_weights_to_answers_of_the_exported_model(tmp_path, monkeypa
     assert "Loaded params from straight/pretrain" in out and "straight/sft: starts (attempt 1)" in out
     assert out.count("  Q: ") == 3 and "native opened straight/export/model" in out
     assert (tmp_path / "straight" / "report" / "index.html").is_file()
+    # `posttrain report` takes the pipeline's folder, too.
+    assert [run.name for run in open_runs([tmp_path / "straight"])] == ["pretrain", "sft", "eval_sft"]
     assert read_config(tmp_path / "straight" / "export" / "model").embed_dim == 32
     runs = [tmp_path / name / "sft" for name in ("straight", "stopped")]
     losses = [[row["learning/loss"] for row in read_metrics(metrics_path(run))] for run in runs]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from recipes.load import dump_recipe, load_recipe
+from recipes.present import shown_lines
 from recipes.schema import RECIPE_KINDS, EvalRecipe
 from recipes.stages import STAGE_KINDS, place_stage
 
@@ -180,3 +181,14 @@ def test_the_quickstart_evaluates_every_stage_on_one_test_set():
     trained = {stage.loaded.recipe.data.path for stage in found.values() if stage.loaded.recipe.kind in ("sft", "grpo")}
     assert evaluations[0].loaded.recipe.data.path not in trained
     assert found["pretrain"].loaded.recipe.model.framework == "linen"
+
+
+def test_a_shown_pipeline_is_a_recipe_and_names_the_origin_of_each_key(path, tmp_path):
+    loaded = load_recipe(str(path), ["stages.sft.train.steps=9"])
+    lines = [str(line) for line in shown_lines(loaded, True)]
+    again = tmp_path / "shown.yaml"
+    again.write_text("\n".join(lines))
+    assert load_recipe(str(again), []).recipe == loaded.recipe
+    after = lines.index(next(line for line in lines if line.startswith("  sft:")))
+    assert lines[after + 1].split() == ["base:", "sft_stories", "#", f"{path}:16"]
+    assert lines[after + 3].split("#")[1].strip() == "override"
