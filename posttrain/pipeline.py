@@ -28,6 +28,7 @@ from posttrain.statistics import Estimate
 from posttrain.trainers import distill, dpo, grpo, sft
 from pretrain import trainer as pretrain
 from pretrain.guard import Interrupted
+from pretrain.runtime import in_scheduled_group
 from pretrain.session import Result
 from recipes.load import LoadedRecipe
 from recipes.rundir import create_run, metrics_path, write_atomically
@@ -77,6 +78,10 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None) 
     """
     recipe = loaded.recipe
     assert isinstance(recipe, PipelineRecipe), recipe.kind
+    if in_scheduled_group():
+        raise ValueError(
+            f"{loaded.source}: a pipeline is one process, and this one is of a group; run the stages' verbs"
+        )
     reward_hash = file_hash(reward_file)
     if recipe.run.dir is not None:
         check_stages(loaded.stages, spelled_folder(Path(recipe.run.dir)), reward_hash=reward_hash)

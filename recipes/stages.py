@@ -143,6 +143,7 @@ class _StageReader:
         start = self._start(values, kind, before, names)
         self._lay_pipeline(kind, recipe, start)
         loaded = validated(self.layers, RECIPE_KINDS[kind], f"{self.shown}: stage {self.name}", self.where)
+        self._check_succession(loaded.recipe, next((stage for stage in before if stage.name == start), None))
         known = [stage.name for stage in before]
         needs: dict[str, None] = {}
         for key, name in _references(loaded.recipe, self.name):
@@ -232,6 +233,32 @@ class _StageReader:
         if not takes or (isinstance(own, dict) and any(own.get(key) is not None for key in START_KEYS)):
             return None
         return trained[-1] if trained else None
+
+    def _check_succession(self, recipe: Any, start: Stage | None) -> None:
+        """Raises ValueError where the stage could not begin with what `start` will leave."""
+        processes = getattr(getattr(recipe, "mesh", None), "num_processes", None)
+        if processes is not None and processes > 1:
+            text = f"mesh.num_processes={processes}: a pipeline is one process; run the stages by their own verbs"
+            raise ValueError(f"{self.where('mesh.num_processes')}: {text}")
+        if start is None:
+            return
+        before: Any = start.loaded.recipe
+        checkpoint, lora = before.checkpoint, getattr(before, "lora", None)
+        problem = ""
+        if not (checkpoint.enabled and checkpoint.on_completion):
+            problem = "does not save its last step; set its checkpoint.enabled and checkpoint.on_completion to true"
+        elif lora is not None and lora.rank > 0:
+            problem = "leaves adapters and no whole model; set its lora.rank=0, or end the pipeline with it"
+        else:
+            for key in ("preset", "hf_path", "overrides"):
+                ours, theirs = getattr(recipe.model, key), getattr(before.model, key)
+                if ours != theirs:
+                    problem = (
+                        f"trains another model (model.{key}={spell(theirs)}, here {spell(ours)}); give both the same, "
+                        "or set from: null"
+                    )
+        if problem:
+            raise self.error("from", f"begins with stage {start.name}, which {problem}")
 
     def _lay_pipeline(self, kind: str, recipe: PipelineRecipe, start: str | None) -> None:
         """Lays what the pipeline itself sets: the folder, the console, and where the parameters come from."""

@@ -134,6 +134,16 @@ def test_a_stage_sets_aside_what_its_mode_ignores_of_its_base(path):
         (["common.data.path=x"], "command line: common.data: is not shared by stages; stages may share model"),
         (["stages={}"], "p.yaml: stages={}: a pipeline has stages"),
         (["run.resume=must"], "command line: run.resume=must: a pipeline goes on with whatever its folder holds"),
+        (["stages.sft.checkpoint.enabled=false"], "stage grpo: begins with stage sft, which does not save"),
+        (["stages.sft.lora.rank=4"], "stage grpo: begins with stage sft, which leaves adapters and no whole model"),
+        (
+            ["stages.sft.model.overrides.num_layers=2"],
+            "stage sft: begins with stage pretrain, which trains another model (model.overrides={num_layers: 1}, here",
+        ),
+        (
+            ["common.mesh={num_processes: 2, process_id: 0, coordinator_address: 'a:1'}"],
+            "command line: stage sft: mesh.num_processes=2: a pipeline is one process; run the stages by their own",
+        ),
         (["train.steps=3"], "command line: train: unknown key"),
     ],
 )  # fmt: skip
