@@ -8,8 +8,8 @@ import numpy as np
 
 from posttrain.data.word_problems import (
     GAIN_VERBS,
-    LARGEST,
     LOSS_VERBS,
+    Shares,
     Split,
     WordProblem,
     pretraining_texts,
@@ -20,10 +20,16 @@ from posttrain.data.word_problems import (
 from rewards.base import Tags
 
 LEVELS = (2, 3)
-SOLVED_VERBS = (*GAIN_VERBS[:5], *LOSS_VERBS[:5])
-"""Verbs of the stories that are shown with their solution."""
-ALL_VERBS = (*GAIN_VERBS, *LOSS_VERBS)
-SUMS_SHARE, STORIES_SHARE = 0.5, 0.2
+"""Of the problems: two steps each."""
+SHOWN_LEVELS = (1,)
+"""Of the solved stories in pretraining's text: one step, so that it is left to SFT to show how two are taken."""
+ALL_VERBS = (*GAIN_VERBS[:6], *LOSS_VERBS[:6])
+SOLVED_VERBS = (*GAIN_VERBS[:3], *LOSS_VERBS[:3])
+"""Verbs of the stories that are shown with their solution; what the others mean is left to learn from rewards."""
+LARGEST = 50
+"""Bound on all numbers: a million tokens teach a small model to add and to multiply below 50, and not below 100."""
+SHARES = Shares(drills=0.5, sums=0.2, stories=0.1)
+"""Half of the text drills single steps: a policy that calculates badly hears from its rewards of its sums alone."""
 PRETRAINING_SEED = 1_000_003
 """Added to the seed of pretraining's documents, so that they are not the stories of the later stages."""
 
@@ -47,10 +53,10 @@ def write_stories(
         seed=seed + PRETRAINING_SEED,
         levels=LEVELS,
         verbs=ALL_VERBS,
+        solved_levels=SHOWN_LEVELS,
         solved_verbs=SOLVED_VERBS,
         largest=LARGEST,
-        sums_share=SUMS_SHARE,
-        stories_share=STORIES_SHARE,
+        shares=SHARES,
     )
     yield _write_lines(folder / "pretrain.jsonl", ({"text": text} for text in texts)), f"{documents} documents"
     solved = _problems(examples, seed, "train", SOLVED_VERBS)

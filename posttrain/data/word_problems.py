@@ -35,6 +35,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 LEVELS = (1, 2, 3, 4)
 """1: x ± y. 2: x ± y ± z. 3: x * y ± z. 4: x ± y ± z ± w."""
 LARGEST = 99
+DRILL_STEPS = 6
+"""Steps on a drill's line."""
 
 GAIN_VERBS = (
     "found", "bought", "won", "earned", "collected", "received", "picked", "gathered", "borrowed", "got",
@@ -78,6 +80,11 @@ class WordProblem:
     def solution(self) -> str:
         """The worked solution as GSM8K writes it."""
         return "\n".join([*self.steps, f"{MARK} {self.answer}"])
+
+    @property
+    def one_line(self) -> str:
+        """The worked solution without its line ends."""
+        return self.solution.replace("\n", " ")
 
     def tagged_solution(self, tags: Tags) -> str:
         """The worked solution between tags.
@@ -256,61 +263,84 @@ def write_problems(problems: Sequence[WordProblem], path: str | Path, *, tags: T
     return path
 
 
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Shares of the kinds of documents in pretraining's text; what is left of 1 are solved stories."""
+
+    drills: float
+    """Lines of single steps: `12 + 7 = 19. 6 * 8 = 48.`"""
+    sums: float
+    """Bare expressions with their worked solution: `12 + 7 - 3?` and the steps."""
+    stories: float
+    """Stories whose question is not answered."""
+
+    def __post_init__(self) -> None:
+        shares = (self.drills, self.sums, self.stories)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                f"pretraining texts: drills={self.drills}, sums={self.sums}, stories={self.stories}: shares are of one "
+                "whole; lower them to 1 together"
+            )
+
+
 def pretraining_texts(
     count: int,
     *,
     seed: int,
     levels: Sequence[int],
     verbs: Sequence[str],
+    solved_levels: Sequence[int],
     solved_verbs: Sequence[str],
     largest: int,
-    sums_share: float,
-    stories_share: float,
+    shares: Shares,
 ) -> Iterator[str]:
     """Documents from which a small model learns to calculate, to copy and to tell stories, before it solves any.
 
-    Three kinds: bare expressions with their worked solution (`12 + 7 - 3?` and the steps), stories alone, whose
-    question is not answered, and solved stories. All are of the train split, so nothing held out is seen.
+    All are made of problems of the train split, drills too: their steps are single steps of such problems' solutions.
+    So nothing held out is seen.
 
     Args:
         count: documents.
         seed: seed of all choices; another one than that of the problems to be learnt from.
-        levels: as for `word_problems`.
+        levels: as for `word_problems`; those of drills, sums, and stories alone.
         verbs: verbs of the stories alone.
+        solved_levels: levels of the solved stories.
         solved_verbs: verbs of the solved stories.
         largest: as for `word_problems`.
-        sums_share: share of documents that are bare expressions.
-        stories_share: share that are stories alone; what is left of 1 are solved stories.
+        shares: of the kinds of documents.
 
     Yields:
         Documents of one line each; some may be equal.
 
     Raises:
-        ValueError: as `word_problems`, or shares that are negative or above 1 together.
+        ValueError: as `word_problems`.
     """
-    if min(sums_share, stories_share) < 0 or sums_share + stories_share > 1:
-        raise ValueError(
-            f"pretraining texts: sums_share={sums_share}, stories_share={stories_share}: shares are of one whole; "
-            "lower them to 1 together"
-        )
     _check("train", levels, verbs, largest)
-    _check("train", levels, solved_verbs, largest)
+    _check("train", solved_levels, solved_verbs, largest)
     rng = np.random.default_rng([seed, len(SPLITS)])
-    made = 0
-    while made < count:
+    told, solved = _by_kind(verbs), _by_kind(solved_verbs)
+    for _ in range(count):
         kind = rng.random()
-        is_alone = sums_share <= kind < sums_share + stories_share
-        problem = _story(rng, int(rng.choice(levels)), *_by_kind(verbs if is_alone else solved_verbs), largest)
-        if split_of(problem.expression) != "train":
-            continue
-        made += 1
-        solution = problem.solution.replace("\n", " ")
-        if kind < sums_share:
-            yield f"{problem.expression}? {solution}"
-        elif is_alone:
-            yield problem.question
+        if kind < shares.drills:
+            problems = (_train_story(rng, levels, told, largest) for _ in range(DRILL_STEPS))
+            yield " ".join(_pick(rng, problem.steps) for problem in problems)
+        elif kind < shares.drills + shares.sums:
+            problem = _train_story(rng, levels, told, largest)
+            yield f"{problem.expression}? {problem.one_line}"
+        elif kind < shares.drills + shares.sums + shares.stories:
+            yield _train_story(rng, levels, told, largest).question
         else:
-            yield f"{problem.question} {solution}"
+            problem = _train_story(rng, solved_levels, solved, largest)
+            yield f"{problem.question} {problem.one_line}"
+
+
+def _train_story(
+    rng: np.random.Generator, levels: Sequence[int], verbs: tuple[Sequence[str], Sequence[str]], largest: int
+) -> WordProblem:
+    while True:
+        problem = _story(rng, int(rng.choice(levels)), *verbs, largest)
+        if split_of(problem.expression) == "train":
+            return problem
 
 
 def word_vocabulary(tags: Tags) -> tuple[str, ...]:

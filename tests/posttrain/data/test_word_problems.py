@@ -11,9 +11,11 @@ from models.tokenizer import load_tokenizer
 from posttrain.data.gsm8k import ProblemSource, load_problems
 from posttrain.data.prompts import PromptTemplate, make_prompts
 from posttrain.data.word_problems import (
+    DRILL_STEPS,
     GAIN_VERBS,
     LEVELS,
     LOSS_VERBS,
+    Shares,
     pretraining_texts,
     save_word_tokenizer,
     split_of,
@@ -217,21 +219,28 @@ def load_problem(problem, index):
     return Problem(index, problem.question, str(problem.answer), problem.solution, {})
 
 
-def texts(count=600, **changes):
-    given = {"seed": 5, "levels": (2, 3), "verbs": ALL, "solved_verbs": ALL, "largest": 99}
-    return list(pretraining_texts(count, **{**given, "sums_share": 0.5, "stories_share": 0.25, **changes}))
+def texts(count=600, *, shares=(0.3, 0.3, 0.2), **changes):
+    given = {"seed": 5, "levels": (2, 3), "verbs": ALL, "solved_levels": (1,), "solved_verbs": ALL, "largest": 99}
+    return list(pretraining_texts(count, **{**given, "shares": Shares(*shares), **changes}))
 
 
 def test_pretraining_texts_come_in_their_shares_and_hold_nothing_held_out(tokenizer):
     solved = (*GAIN_VERBS[:2], *LOSS_VERBS[:2])
     found = texts(solved_verbs=solved)
     assert found == texts(solved_verbs=solved)
-    sums = [text for text in found if text[0].isdigit()]
+    drills = [text for text in found if "?" not in text]
+    sums = [text for text in found if text[0].isdigit() and "?" in text]
     stories = [text for text in found if text.endswith("?")]
-    both = [text for text in found if text not in sums and text not in stories]
-    # 300 and 150 expected, with standard deviations of 12 and 11.
-    assert abs(len(sums) - 300) < 60
-    assert abs(len(stories) - 150) < 55
+    both = [text for text in found if text not in (*drills, *sums, *stories)]
+    # 180, 180 and 120 expected, with standard deviations of 11, 11 and 10.
+    assert abs(len(drills) - 180) < 55
+    assert abs(len(sums) - 180) < 55
+    assert abs(len(stories) - 120) < 50
+    for text in drills:
+        steps = re.findall(r"(\d+ [-+*] \d+) = (\d+)\.", text)
+        assert len(steps) == text.count("=") == DRILL_STEPS
+        assert all(eval(step) == int(result) for step, result in steps)
+    assert {sign for text in drills for sign in text.split() if sign in "+-*"} == set("+-*")
     for text in sums:
         expression, solution = text.split("? ")
         assert split_of(expression) == "train"
@@ -239,10 +248,13 @@ def test_pretraining_texts_come_in_their_shares_and_hold_nothing_held_out(tokeni
     for text in both:
         assert {word for word in text.split() if word in ALL} <= set(solved)
         assert solved_by_reading(text[: text.index("?") + 1]) == int(text.split()[-1])
+        (step,) = re.findall(r"(\d+ [-+] \d+) =", text)
+        assert split_of(step) == "train"
     assert {word for text in stories for word in text.split() if word in ALL} == set(ALL)
     assert all(3 not in tokenizer.encode(text, add_bos=False, add_eos=False) for text in found)
 
 
-def test_shares_above_one_are_refused():
+@pytest.mark.parametrize("shares", [(0.6, 0.3, 0.2), (-0.1, 0.5, 0.5)])
+def test_shares_above_one_or_below_none_are_refused(shares):
     with pytest.raises(ValueError, match="lower them to 1 together"):
-        texts(sums_share=0.8)
+        Shares(*shares)
