@@ -23,7 +23,7 @@ from models.config import TransformerConfig, preset_names
 from models.functional import FunctionalModel, Params
 from models.ops import vocab
 from models.sharding import activation_mesh
-from posttrain.bundle import FrozenRole
+from posttrain.bundle import AdapterBase, FrozenRole, Role
 from posttrain.data.policy_rows import SampledSequence, pack
 from posttrain.losses.preference import PREFERENCES
 from posttrain.memory_table import (
@@ -41,7 +41,7 @@ from posttrain.memory_table import (
 )
 from posttrain.process import start_process
 from posttrain.samplers.vllm_settings import CUDA_BUILD, check_model
-from posttrain.trainers.policy_step import make_scorer, make_update
+from posttrain.trainers.policy_step import make_scorer, make_update, shares_prompts
 from pretrain.batching import field_sharding
 from pretrain.data.batch import padding_batch
 from pretrain.losses import make_loss_fn
@@ -203,6 +203,8 @@ def _grpo(recipe: GRPORecipe, notes: list[str]) -> AbstractRun:
         row_length=length,
         rows_multiple=setup.mesh.size,
         microbatch_rows=setup.plan.rows_per_microbatch,
+        # What `auto` takes on a CPU shares prompts; the fused kernels of accelerators do not.
+        share_prompts=recipe.model.attention != "auto" and shares_prompts(setup.model),
     )
     bare = on_mesh(packing.batch, setup)
     reference, several = rl.beta > 0.0, rl.num_iterations > 1
@@ -236,10 +238,10 @@ def _grpo(recipe: GRPORecipe, notes: list[str]) -> AbstractRun:
 def _dpo(recipe: DPORecipe, notes: list[str]) -> AbstractRun:
     from posttrain.trainers.dpo import empty_pairs
     from posttrain.trainers.dpo import make_loss_fn as make_pair_loss
-    from posttrain.trainers.pair_scores import ScoredPairs, reference_sums
+    from posttrain.trainers.pair_scores import ScoredPairs, Scores
 
     length = recipe.data.sequence_length
-    setup = abstract_setup(recipe, length)
+    setup = abstract_setup(recipe, length, lora=recipe.lora)
     pairs = on_mesh(empty_pairs(setup.plan.rows_loaded, length), setup)
     needs, cached = PREFERENCES[recipe.dpo.loss].needs_reference, recipe.dpo.reference == "cached"
     sums = pairs.weights if needs else None
@@ -248,14 +250,18 @@ def _dpo(recipe: DPORecipe, notes: list[str]) -> AbstractRun:
     step = make_train_step(loss_fn, setup.tx, setup.schedule, setup.shardings, step_options(recipe, setup.plan))
     jitted: Any = jit_train_step(step, setup.shardings, None)
     programs = [Program(UPDATE, lambda: jitted.lower(*step_arguments(setup, batch)))]
-    roles = []
+    role = _pair_reference(recipe, setup)
+
+    def score(params: Params, pairs: Any) -> tuple[Any, Any]:
+        reference: Role = AdapterBase("reference", setup.model)
+        if role.phases:
+            reference = FrozenRole("reference", role.model, params, 0)
+        scored = Scores.of(setup, reference).train(pairs, params)
+        return scored.ref_chosen, scored.ref_rejected
+
     if needs:
-        roles = [frozen("reference", setup, setup.model, (SCORING,) if cached else (SCORING, UPDATE))]
-
-        def score(params: Params, pairs: Any) -> jax.Array:
-            return reference_sums(setup, FrozenRole("reference", setup.model, params, 0))(pairs)
-
-        programs.insert(0, Program(SCORING, lambda: jax.jit(score).lower(roles[0].params, pairs)))
+        programs.insert(0, Program(SCORING, lambda: jax.jit(score).lower(role.params, pairs)))
+    roles = [role] if needs else []
     # Both answers of a pair are rows.
     scored = 2 * setup.plan.rows_loaded if needs else 0
     rows = Rows(2 * setup.plan.rows_per_microbatch, setup.plan.microbatches, scored, length)
@@ -265,15 +271,31 @@ def _dpo(recipe: DPORecipe, notes: list[str]) -> AbstractRun:
     return _run(recipe, setup, rows, batch, roles, programs, notes)
 
 
+def _pair_reference(recipe: DPORecipe, setup: ModelSetup) -> FrozenModel:
+    """The reference of pairs; in no phase does it hold arrays where it is the base under the policy's adapters."""
+    dpo = recipe.dpo
+    if setup.model.adapters is not None:
+        phases: tuple[str, ...] = (SCORING,) if dpo.reference == "cached" else ()
+        return FrozenModel("reference", setup.model, abstract_params(setup), phases)
+    section = setup.model.options
+    if dpo.reference_dtype is not None:
+        section = section.model_copy(update={"param_dtype": dpo.reference_dtype})
+    comes_and_goes = dpo.reference == "cached" or dpo.reference_memory != "device"
+    phases = (SCORING,) if comes_and_goes else (SCORING, UPDATE)
+    return frozen("reference", setup, FunctionalModel(setup.config, section), phases)
+
+
 def _distill(recipe: DistillRecipe, notes: list[str]) -> AbstractRun:
     from posttrain.trainers.distill import make_loss_fn as make_taught_loss
     from posttrain.trainers.distill import make_teach
 
     length = recipe.data.sequence_length
-    setup: Any = abstract_setup(recipe, length)
+    setup: Any = abstract_setup(recipe, length, lora=recipe.lora)
     config = teacher_config(recipe, setup.config)
     on_policy = recipe.distill.mode == "on_policy"
-    phases = (ROLLOUT, SCORING, UPDATE) if on_policy else (SCORING, UPDATE)
+    phases: tuple[str, ...] = (ROLLOUT, SCORING, UPDATE) if on_policy else (SCORING, UPDATE)
+    if recipe.teacher.memory != "device" or recipe.distill.teacher_outputs == "cached":
+        phases = (SCORING,)
     role = frozen("teacher", setup, FunctionalModel(config, recipe.teacher), phases)
     batch = on_mesh(padding_batch(setup.plan.rows_loaded, length), setup)
 

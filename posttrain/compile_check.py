@@ -25,7 +25,7 @@ USUAL_DEVICES = 8
 """Where neither the recipe nor the command line says how many: those of a common accelerator host."""
 TIMEOUT_SECONDS = 300.0
 ROOT = Path(__file__).resolve().parent.parent
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 WHAT = 34
 """Columns of the table's first column; each phase has 12 more."""
 
@@ -134,26 +134,36 @@ def report_lines(
         for note in found["assumptions"]:
             yield wrapped(f"- {note}")
     yield ""
-    yield "GiB of a device" + " " * (WHAT - 15) + "".join(f"{phase:>12}" for phase in found["phases"])
-    yield from table_lines(found, device_memory_gib)
+    unit = unit_of(found, device_memory_gib)
+    yield f"{unit[0] + ' of a device':<{WHAT}}" + "".join(f"{phase:>12}" for phase in found["phases"])
+    yield from table_lines(found, device_memory_gib, unit)
     yield ""
-    yield from xla_lines(found)
+    yield from xla_lines(found, unit)
     yield ""
     yield from verdict_lines(found, device_memory_gib)
     yield f"lowered and compiled in {seconds:.0f} s; nothing was run"
 
 
-def table_lines(found: dict[str, Any], device_memory_gib: float | None) -> Iterator[str]:
+Unit = tuple[str, int]
+"""A name and its bytes."""
+
+
+def unit_of(found: dict[str, Any], device_memory_gib: float | None) -> Unit:
+    """What figures of this size are read in."""
+    return ("GiB", GIB) if max(phase_sums(found, device_memory_gib).values()) >= GIB else ("MiB", MIB)
+
+
+def table_lines(found: dict[str, Any], device_memory_gib: float | None, unit: Unit) -> Iterator[str]:
     """Each role by phase, and their sum."""
     phases = found["phases"]
     for entry in found["entries"]:
         name = entry["what"] if entry["exact"] else f"{entry['what']} *"
-        yield row(name, [entry["sizes"].get(phase) for phase in phases])
+        yield row(name, [entry["sizes"].get(phase) for phase in phases], unit)
     share = found["memory_share"]
     if share is not None and device_memory_gib is not None:
-        yield row(f"sampler: vLLM, {100 * share:.0f} %", [round(share * device_memory_gib * GIB)] * len(phases))
+        yield row(f"sampler: vLLM, {100 * share:.0f} %", [round(share * device_memory_gib * GIB)] * len(phases), unit)
     sums = phase_sums(found, device_memory_gib)
-    yield row("sum", [sums[phase] for phase in phases])
+    yield row("sum", [sums[phase] for phase in phases], unit)
     if share is not None and device_memory_gib is None:
         yield wrapped(
             f"beside it vLLM takes {100 * share:.0f} % of a device's memory (sampler.memory_share); "
@@ -170,17 +180,17 @@ def phase_sums(found: dict[str, Any], device_memory_gib: float | None) -> dict[s
     }
 
 
-def xla_lines(found: dict[str, Any]) -> Iterator[str]:
+def xla_lines(found: dict[str, Any], unit: Unit) -> Iterator[str]:
     """What XLA says of each program."""
     columns = [program["phase"] for program in found["programs"]]
     yield "XLA's figures, lowered for CPU" + " " * (WHAT - 30) + "".join(f"{phase:>12}" for phase in columns)
     programs = found["programs"]
-    yield row("arguments", [program["argument"] for program in programs])
-    yield row("results beside them", [max(0, program["output"] - program["alias"]) for program in programs])
-    yield row("temporaries", [program["temp"] for program in programs])
-    yield row("sum", [xla_bytes(program) for program in programs])
+    yield row("arguments", [program["argument"] for program in programs], unit)
+    yield row("results beside them", [max(0, program["output"] - program["alias"]) for program in programs], unit)
+    yield row("temporaries", [program["temp"] for program in programs], unit)
+    yield row("sum", [xla_bytes(program) for program in programs], unit)
     if any(program["host_argument"] for program in programs):
-        yield row("on the host: arguments", [program["host_argument"] for program in programs])
+        yield row("on the host: arguments", [program["host_argument"] for program in programs], unit)
     if found["bfloat16"]:
         yield wrapped(
             "A CPU multiplies bfloat16 in float32, and keeps float32 copies of what it multiplies: there temporaries "
@@ -197,7 +207,8 @@ def verdict_lines(found: dict[str, Any], device_memory_gib: float | None) -> Ite
     """Whether it fits."""
     sums = phase_sums(found, device_memory_gib)
     phase = max(sums, key=lambda name: sums[name])
-    need = f"{sums[phase] / GIB:.2f} GiB a device, in the {phase} phase"
+    name, size = unit_of(found, device_memory_gib)
+    need = f"{sums[phase] / size:,.2f} {name} a device, in the {phase} phase"
     if device_memory_gib is None:
         yield wrapped(f"verdict: the most is {need}")
     elif sums[phase] <= device_memory_gib * GIB:
@@ -222,10 +233,7 @@ def excess(found: dict[str, Any], device_memory_gib: float | None) -> bool:
     return max(phase_sums(found, device_memory_gib).values()) > device_memory_gib * GIB
 
 
-def row(name: str, sizes: list[int | None]) -> str:
+def row(name: str, sizes: list[int | None], unit: Unit) -> str:
     """A line of a table."""
-    cells = (
-        "-" if size is None else f"{size / GIB:.2f}" if size >= 0.005 * GIB else f"{size / 2**20:.2f} MiB"
-        for size in sizes
-    )
+    cells = ("-" if size is None else f"{size / unit[1]:,.2f}" for size in sizes)
     return f"{name:<{WHAT}}" + "".join(f"{cell:>12}" for cell in cells)

@@ -25,7 +25,7 @@ from models.inference.engine import SHORTEST_PREFILL, inference_model, inference
 from models.inference.steps import init_slots
 from models.parameters import flatten, is_spec
 from models.sharding import partition_spec
-from posttrain.bundle import device_bytes
+from posttrain.bundle import activation_bytes, device_bytes
 from pretrain.optimizers import trained_part
 from pretrain.setup import ModelSetup
 from recipes.schema import ModelSection, SamplerSection
@@ -102,10 +102,11 @@ def state_entries(setup: ModelSetup, phases: Sequence[str], *, microbatches: int
 
 
 def frozen_entries(roles: Sequence[FrozenModel]) -> list[Entry]:
-    """Parameters of the models that are not trained."""
+    """Parameters of the models that are not trained; one that is in the policy's arrays holds none."""
     return [
         Entry(f"{role.name}: parameters", dict.fromkeys(role.phases, sharded_bytes(role.params)), True)
         for role in roles
+        if role.phases
     ]
 
 
@@ -144,8 +145,7 @@ def work_entries(setup: ModelSetup, rows: Rows, roles: Sequence[FrozenModel], *,
     config, options = setup.config, setup.model.options
     scored = roles[0].model if roles else setup.model
     activations = {
-        UPDATE: kept_activations(config, options, setup, rows)
-        + layer_activations(config, options, setup, rows.count * rows.length)
+        UPDATE: kept_activations(setup, rows) + layer_activations(config, options, setup, rows.count * rows.length)
     }
     gathered = {UPDATE: gathered_bytes(setup.model, setup, gradients=True)}
     chunk = -(-setup.chunk_size // token_shards(setup)) * vocabulary_columns(config, setup) * 4
@@ -191,6 +191,12 @@ class Widths:
     """Of the feed-forward block."""
 
 
+def whole_widths(config: TransformerConfig) -> Widths:
+    """The widths of a layer."""
+    query, key = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    return Widths(config.embed_dim, query, key, config.mlp_dim)
+
+
 def widths(config: TransformerConfig, setup: ModelSetup) -> Widths:
     """The widths of a device's part of a layer."""
     heads = config.num_heads // shards(setup, "activation_heads", config.num_heads)
@@ -221,14 +227,17 @@ def layer_numbers(config: TransformerConfig, width: Widths, remat: str) -> int:
     return norms * stream + heads + (3 if config.gated_mlp else 6) * hidden
 
 
-def kept_activations(config: TransformerConfig, options: ModelSection, setup: ModelSetup, rows: Rows) -> int:
-    """Bytes that all layers keep for the backward pass of a micro-batch."""
-    tokens = -(-rows.count * rows.length // token_shards(setup))
-    layers = config.num_layers * layer_numbers(config, widths(config, setup), options.remat)
-    if options.remat == "none" and options.attention == "dot_product":
-        layers += config.num_layers * _score_numbers(config, setup, rows.length)
-    # The stream before the first layer, and behind the last.
-    return tokens * (layers + 2 * config.embed_dim) * jnp.dtype(options.compute_dtype).itemsize
+def kept_activations(setup: ModelSetup, rows: Rows) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for the backward pass, as autodiff asks for them."""
+    config, options = setup.config, setup.model.options
+    local, length = setup.batch_sharding.shard_shape((rows.count, rows.length))
+    whole = layer_numbers(config, whole_widths(config), options.remat)
+    if whole == 0:
+        # All is moved to the host but the stream before the first layer, and behind the last.
+        return 2 * local * length * config.embed_dim * jnp.dtype(options.compute_dtype).itemsize
+    part = layer_numbers(config, widths(config, setup), options.remat)
+    # Autodiff knows of no tensor axis, which divides heads and feed-forward columns.
+    return activation_bytes(setup.model, setup.trainable, local, length) * part // whole
 
 
 def layer_activations(
@@ -240,11 +249,6 @@ def layer_activations(
     # Forward alone keeps nothing: the larger block's arrays, beside the stream.
     numbers = layer_numbers(config, width, "none") + inner if backward else inner + width.stream
     return -(-tokens // token_shards(setup)) * numbers * jnp.dtype(options.compute_dtype).itemsize
-
-
-def _score_numbers(config: TransformerConfig, setup: ModelSetup, length: int) -> int:
-    """Attention's scores of a token, where they are all kept."""
-    return config.num_heads // shards(setup, "activation_heads", config.num_heads) * length
 
 
 def gathered_bytes(model: FunctionalModel, setup: ModelSetup, *, gradients: bool) -> int:
