@@ -302,7 +302,9 @@ def _distill(recipe: DistillRecipe, notes: list[str]) -> AbstractRun:
     def teach(params: Params, rows: Any) -> Any:
         return make_teach(recipe.distill, FrozenRole("teacher", role.model, params, 0), setup.chunk_size)(rows)
 
-    def step(state: Any, batch: Any, key: jax.Array, proceed: jax.Array, head: Any) -> Any:
+    # Of the teacher the step reads the head alone, and jit drops what is not read.
+    def step(state: Any, batch: Any, key: jax.Array, proceed: jax.Array, taught_by: Params) -> Any:
+        head = role.model.head(taught_by)
         loss_fn = make_taught_loss(recipe.distill, setup, FrozenRole("teacher", role.model, {}, 0), head)
         options = step_options(recipe, setup.plan)
         return make_train_step(loss_fn, setup.tx, setup.schedule, setup.shardings, options)(state, batch, key, proceed)
@@ -313,7 +315,7 @@ def _distill(recipe: DistillRecipe, notes: list[str]) -> AbstractRun:
     taught = on_mesh(shapes, setup, time_axis=1)
     programs = [
         Program(SCORING, lambda: jax.jit(teach).lower(role.params, batch)),
-        Program(UPDATE, lambda: jitted.lower(*step_arguments(setup, taught), role.model.head(role.params))),
+        Program(UPDATE, lambda: jitted.lower(*step_arguments(setup, taught), role.params)),
     ]
     rows = Rows(setup.plan.rows_per_microbatch, setup.plan.microbatches, setup.plan.rows_loaded, length)
     notes = [*notes, f"rows are full: data.sequence_length={length} tokens each"]
