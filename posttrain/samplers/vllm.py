@@ -37,6 +37,7 @@ from posttrain.samplers.base import (
 from posttrain.samplers.engine_thread import PROCESS, EngineThread, spoil
 from posttrain.samplers.handover import check_reachable, hf_tensor, layer_outputs, tensor_checksum
 from posttrain.samplers.model_folder import write_model_folder
+from posttrain.samplers.seeded_draw import draw
 from posttrain.samplers.vllm_settings import (
     CPU_BUILD,
     EngineSettings,
@@ -359,6 +360,7 @@ def _start(settings: EngineSettings, dtype: str, build: str) -> Any:
         if build == CPU_BUILD:
             threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
             torch.set_num_threads(settings.threads or int(threads.partition(",")[0]))
+            _draw_with_one_number()
         llm = LLM(
             model=str(settings.folder),
             load_format="auto" if settings.holds_weights else "dummy",
@@ -379,6 +381,18 @@ def _start(settings: EngineSettings, dtype: str, build: str) -> Any:
         if build == CPU_BUILD:
             llm.apply_model(_cheapen_reloads)
     return llm
+
+
+def _draw_with_one_number() -> None:
+    """Puts our draw into the place of vLLM's on a CPU; before an engine takes it."""
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler as ops
+
+    def forward_cpu(self: Any, logits: Any, generators: Any, k: Any, p: Any) -> tuple[Any, Any]:
+        logprobs = ops.apply_top_k_top_p(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
+        return draw(torch, logprobs, generators), logprobs if self.logprobs_mode == "processed_logprobs" else None
+
+    ops.TopKTopPSampler.forward_cpu = forward_cpu
 
 
 def _checked_build(model: FunctionalModel, settings: EngineSettings) -> str:
