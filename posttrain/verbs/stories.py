@@ -11,7 +11,7 @@ import typer
 def stories(
     folder: Annotated[Path, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
     seed: Annotated[int, typer.Option(help="Of all choices.")] = 0,
-    documents: Annotated[int, typer.Option(min=1, help="Documents to pretrain on.")] = 20000,
+    documents: Annotated[int, typer.Option(min=1, help="Documents to pretrain on.")] = 40000,
     examples: Annotated[int, typer.Option(min=1, help="Solved stories for SFT, and pairs for DPO.")] = 768,
     held_out: Annotated[int, typer.Option(min=1, help="Stories that none of these hold, for evaluation.")] = 400,
 ) -> None:
