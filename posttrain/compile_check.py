@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +182,18 @@ def phase_sums(found: dict[str, Any], device_memory_gib: float | None) -> dict[s
 
 def xla_lines(found: dict[str, Any], unit: Unit) -> Iterator[str]:
     """What XLA says of each program."""
-    columns = [program["phase"] for program in found["programs"]]
-    yield "XLA's figures, lowered for CPU" + " " * (WHAT - 30) + "".join(f"{phase:>12}" for phase in columns)
-    programs = found["programs"]
-    yield row("arguments", [program["argument"] for program in programs], unit)
-    yield row("results beside them", [max(0, program["output"] - program["alias"]) for program in programs], unit)
-    yield row("temporaries", [program["temp"] for program in programs], unit)
-    yield row("sum", [xla_bytes(program) for program in programs], unit)
-    if any(program["host_argument"] for program in programs):
-        yield row("on the host: arguments", [program["host_argument"] for program in programs], unit)
+    programs = {program["phase"]: program for program in found["programs"]}
+
+    def line(name: str, size_of: Callable[[dict[str, Any]], int]) -> str:
+        return row(name, [size_of(programs[phase]) if phase in programs else None for phase in found["phases"]], unit)
+
+    yield f"XLA's figures, lowered for CPU ({unit[0]})"
+    yield line("arguments", lambda program: program["argument"])
+    yield line("results beside them", lambda program: max(0, program["output"] - program["alias"]))
+    yield line("temporaries", lambda program: program["temp"])
+    yield line("sum", xla_bytes)
+    if any(program["host_argument"] for program in programs.values()):
+        yield line("on the host: arguments", lambda program: program["host_argument"])
     if found["bfloat16"]:
         yield wrapped(
             "A CPU multiplies bfloat16 in float32, and keeps float32 copies of what it multiplies: there temporaries "
