@@ -195,7 +195,7 @@ def _grpo(recipe: GRPORecipe, notes: list[str]) -> AbstractRun:
             f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
             f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
         )
-    setup = abstract_setup(recipe, length, updates_per_step=rl.num_iterations)
+    setup = abstract_setup(recipe, length, lora=recipe.lora, updates_per_step=rl.num_iterations)
     tokens, logps = np.zeros(rl.max_completion_length, np.int32), np.zeros(rl.max_completion_length, np.float32)
     sequence = SampledSequence(range(rl.max_prompt_length), tokens, logps, 0.0, True)
     packing = pack(
@@ -219,9 +219,10 @@ def _grpo(recipe: GRPORecipe, notes: list[str]) -> AbstractRun:
         update_for(num_rows, packing.max_segments), donate_argnums=0, out_shardings=(setup.shardings.state, None)
     )
     programs = [Program(UPDATE, lambda: step.lower(*step_arguments(setup, batch)))]
-    roles = [frozen("reference", setup, setup.model, (ROLLOUT, SCORING, UPDATE))] if reference else []
+    shared = AdapterBase("reference", setup.model) if setup.model.adapters is not None else None
+    roles = [frozen("reference", setup, setup.model, (ROLLOUT, SCORING, UPDATE))] if reference and not shared else []
     if reference or several:
-        score: Any = make_scorer(setup.model, temperature=temperature, chunk_size=setup.chunk_size)
+        score: Any = make_scorer(setup.model, temperature=temperature, chunk_size=setup.chunk_size, role=shared)
         params = roles[0].params if roles else abstract_params(setup)
         programs.insert(0, Program(SCORING, lambda: score.lower(params, bare)))
     microbatch = min(num_rows, setup.plan.rows_per_microbatch)

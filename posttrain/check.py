@@ -30,7 +30,7 @@ from posttrain.doctor import AT_THE_END, _symptoms
 from posttrain.rollouts import Judge, Judged, Rollout, rollout_metrics, sample, weigh
 from posttrain.samplers.base import Sampling
 from posttrain.samplers.choose import make_sampler
-from posttrain.trainers.grpo_setup import Prompts, make_evaluator, prepare
+from posttrain.trainers.grpo_setup import Prompts, make_evaluator, prepare, sampled_model
 from posttrain.trainers.on_policy import require_one_process
 from posttrain.verbs.inspect_data import Counts, Row, Segment, open_iterator, rows_of
 from pretrain.data.iterators import RowIterator
@@ -114,9 +114,8 @@ def sample_policy(recipe: GRPORecipe, *, num_prompts: int, reward_file: Path | N
             make_evaluator(recipe, prompts.held_out, tokenizer, judge)
             longest = rl.max_prompt_length + rl.max_completion_length
             problems = first_prompts(prompts, num_prompts, needed=rl.prompts_per_step)
-            sampler = make_sampler(
-                recipe.sampler, setup.model, tokenizer, folder=Path(folder) / "sampler", max_length=longest
-            )
+            model, place = sampled_model(setup), Path(folder) / "sampler"
+            sampler = make_sampler(recipe.sampler, model, tokenizer, folder=place, max_length=longest)
             try:
                 sampler.sync(first_policy(recipe, setup), 0)
                 completions = sample(sampler, problems, first_sampling(recipe, tokenizer))
@@ -192,7 +191,7 @@ def first_policy(recipe: GRPORecipe, setup: ModelSetup) -> Params:
         changed = {"load_parameters_path": section.load_full_state_path, "load_full_state_path": None}
         section = section.model_copy(update=changed)
     placement, verify = Placement(setup.mesh, setup.rules), recipe.checkpoint.verify
-    return role_params(section, setup.model, placement, verify=verify, seed=recipe.train.seed)
+    return role_params(section, sampled_model(setup), placement, verify=verify, seed=recipe.train.seed)
 
 
 def trained_segment(sequence: SampledSequence) -> Segment:

@@ -8,6 +8,7 @@ behind the step it goes on from, and writes them anew. Nothing here needs JAX, s
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ SCHEMA = pa.schema(
     ]
 )
 """One row a completion, in the order in which they were sampled."""
+
+
+TABLE_COLUMNS = (
+    "step", "prompt", "completion", "answer", "reward", "advantage", "tokens", "finish_reason", "failures",
+)  # fmt: skip
+"""What a table for people shows of it."""
 
 
 def completions_dir(run_dir: Path) -> Path:
@@ -99,6 +106,24 @@ def write_step(run_dir: Path, step: int, rows: list[dict[str, Any]]) -> Path:
     os.replace(aside, path)
     sync_folder(path.parent)
     return path
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows of the ledger under TABLE_COLUMNS, for people."""
+    return [
+        [
+            row["step"],
+            row["prompt"],
+            row["completion"],
+            row["answer"],
+            row["reward"],
+            row["advantage"],
+            len(row["completion_ids"]),
+            row["finish_reason"],
+            "; ".join(f"{name}: {why}" for name, why in row["reward_failures"]),
+        ]
+        for row in rows
+    ]
 
 
 def read_step(run_dir: Path, step: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from posttrain.data.prompts import PromptRow
 from posttrain.losses.policy import ALGORITHMS
 from posttrain.samplers.base import Completion, Prompt, Sampler, SamplerError, Sampling
 from recipes.schema import RewardsSection, RLSection
-from rewards.base import Outcome, RewardInfo
+from rewards.base import Outcome, RewardFailure, RewardInfo
 from rewards.combination import Combined, FailureRule, combine
 from rewards.pool import PoolLimits, RewardPool
 from rewards.registry import specs_of
@@ -31,6 +31,14 @@ START_SECONDS = 120.0
 """For a process that runs rewards to start and read the user's file."""
 CAUSES_NAMED = 4
 """Causes that an error about groups without signal names, the most frequent first."""
+
+
+class RewardStop(RewardFailure, ValueError):
+    """A reward gave no value and rewards.on_failure=stop: a user's own mistake, and these are the completions."""
+
+    def __init__(self, message: str, judged: "Judged") -> None:
+        super().__init__(message)
+        self.judged = judged
 
 
 class NoSignal(ValueError):
@@ -127,14 +135,18 @@ class Judge:
         """Scores completions, and adds the rewards of each up.
 
         Raises:
-            RewardFailure: a reward gave no value and the rule is to stop.
+            RewardStop: a reward gave no value and the rule is to stop.
             RewardPoolError: the processes cannot be kept alive.
         """
         group = len(completions) // len(problems)
         texts = [tokenizer.decode(one.token_ids.tolist(), skip_special=True) for one in completions]
         outcomes = self._pool.score([problems[number // group].reward_input(text) for number, text in enumerate(texts)])
         groups = [number // group for number in range(len(completions))]
-        combined = combine(outcomes, self.infos, groups=groups, on_failure=self._on_failure)
+        try:
+            combined = combine(outcomes, self.infos, groups=groups, on_failure=self._on_failure)
+        except RewardFailure as error:
+            dropped = combine(outcomes, self.infos, groups=groups, on_failure="drop_group")
+            raise RewardStop(str(error), Judged(problems, completions, texts, outcomes, dropped)) from error
         return Judged(problems, completions, texts, outcomes, combined)
 
 
@@ -288,6 +300,28 @@ def rollout_metrics(rollout: Rollout, rl: RLSection) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/truncated": float(np.mean([one.finish_reason == "length" for one in judged.completions])),
     }
+
+
+def mismatch_metrics(rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> dict[str, float]:
+    """The worst of a step's tokens, sampler against trainer; the means are the loss's metrics.
+
+    Args:
+        rollout: the completions with the sampler's log-probabilities.
+        trainer_logps: as for `ledger_rows`.
+    """
+    pairs = zip(trainer_logps, rollout.judged.completions, strict=True)
+    differences = np.concatenate([logps - one.logprobs for logps, one in pairs if logps is not None]).astype(np.float64)
+    return {
+        "sampler/logp_diff_max": float(np.abs(differences).max()),
+        "sampler/ratio_min": float(np.exp(differences.min())),
+        "sampler/ratio_max": float(np.exp(differences.max())),
+    }
+
+
+def unlearnt(judged: Judged) -> Rollout:
+    """Completions of which nothing is learnt, for the ledger of a step that was not made."""
+    none = np.zeros((len(judged.problems), judged.num_generations))
+    return Rollout(judged, none, [], 0.0, 0.0, 0)
 
 
 def ledger_rows(step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> list[dict[str, Any]]:

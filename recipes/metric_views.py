@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from recipes.provenance import redact_values
@@ -53,6 +53,14 @@ def make_views(run: Run, recipe: Recipe, *, restored_step: int, total_steps: int
     elif logging.console != "none":
         views.append(PlainView(total_steps=total_steps, out=sys.stdout))
     return views
+
+
+@runtime_checkable
+class TableView(View, Protocol):
+    """Something that shows tables too."""
+
+    def write_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Shows one table; `step` counts completed steps."""
 
 
 class PlainView:
@@ -151,6 +159,13 @@ class WandbView:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs one row on the `step` axis."""
         self._wandb_run.log({"step": step, **metrics})
+
+    def write_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Logs one table on the `step` axis."""
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._wandb_run.log({"step": step, name: table})
 
     def close(self, failed: bool) -> None:
         """Ends the W&B run."""

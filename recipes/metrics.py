@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from recipes.metric_views import View, make_views
+from recipes.metric_views import TableView, View, make_views
 from recipes.rundir import Run, metrics_path, write_atomically
 from recipes.schema import Recipe
 
@@ -78,6 +78,19 @@ class MetricsWriter:
         self._file.flush()
         for view in self._views:
             view.write(int(step), numbers)
+
+    def write_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Shows a table in the views that can; metrics.jsonl holds numbers alone.
+
+        Args:
+            step: completed steps.
+            name: of the table.
+            columns: their names.
+            rows: text or numbers, as many in each as there are columns.
+        """
+        for view in self._views:
+            if isinstance(view, TableView):
+                view.write_table(int(step), name, columns, rows)
 
     def close(self, failed: bool = False) -> None:
         """Closes the file and the views; `failed` marks the run as failed where a view can show it."""

@@ -39,7 +39,7 @@ from recipes.sections.reinforcement import (
     RLSection,
     SamplerSection,
 )
-from recipes.sections.run import CheckpointSection, LoggingSection, RunSection
+from recipes.sections.run import CheckpointSection, LoggingSection, RLLoggingSection, RunSection
 from recipes.sections.training import OptimizerSection, ScheduleSection, TrainSection
 
 __all__ = [
@@ -281,11 +281,14 @@ class GRPORecipe(ProblemsRecipe):
     """Reinforcement learning from verifiable rewards: GRPO and its kin."""
 
     kind: Literal["grpo"] = "grpo"
+    lora: LoraSection = LoraSection()
     doctor: DoctorSection = DoctorSection()
+    logging: RLLoggingSection = RLLoggingSection()
 
     def cross_problems(self) -> Iterator[Problem]:
         """Yields the rules of reinforcement learning that need several sections; keys are dotted."""
         yield from super().cross_problems()
+        yield from self.adapter_problems(self.lora)
         if self.train.gradient_accumulation_steps != 1:
             yield Problem(
                 "train.gradient_accumulation_steps",

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,12 +28,29 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
 from posttrain.doctor import Doctor
-from posttrain.ledger import drop_after, write_step
+from posttrain.ledger import TABLE_COLUMNS, drop_after, table, write_step
 from posttrain.reward_file import hold_to_reward_file
-from posttrain.rollouts import Judge, Rollout, collect, ledger_rows, rollout_metrics, sample
+from posttrain.rollouts import (
+    Judge,
+    RewardStop,
+    Rollout,
+    collect,
+    ledger_rows,
+    mismatch_metrics,
+    rollout_metrics,
+    sample,
+    unlearnt,
+)
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
-from posttrain.trainers.grpo_setup import Prompts, load_reference, make_evaluator, prepare
+from posttrain.trainers.grpo_setup import (
+    Prompts,
+    load_reference,
+    make_evaluator,
+    prepare,
+    sampled_model,
+    sampled_params,
+)
 from posttrain.trainers.on_policy import require_one_process
 from posttrain.trainers.policy_step import LOGPS, make_scorer, make_update, shares_prompts
 from posttrain.trainers.tunix_cluster import keys_until, make_learner
@@ -62,7 +80,9 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
 
     Raises:
         SamplerError: the engine failed, or does not hold the policy.
-        RewardFailure: a reward gave no value and rewards.on_failure=stop.
+        RewardStop: a reward gave no value and rewards.on_failure=stop.
+        NoSignal: resampling came to its bound.
+        HopelessRun: doctor.action=stop, and a symptom has lasted.
     """
     recipe = loaded.recipe
     assert isinstance(recipe, GRPORecipe), recipe.kind
@@ -76,7 +96,8 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
             with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=reward_file) as judge:
                 longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
                 folder = attempt.dir / "sampler"
-                sampler = make_sampler(recipe.sampler, setup.model, tokenizer, folder=folder, max_length=longest)
+                model = sampled_model(setup)
+                sampler = make_sampler(recipe.sampler, model, tokenizer, folder=folder, max_length=longest)
                 try:
                     return GRPO(recipe, setup, prompts, tokenizer, sampler, judge, attempt).run()
                 finally:
@@ -100,7 +121,8 @@ class GRPO:
         self.sampler, self.judge, self.attempt = sampler, judge, attempt
         self.bundle = ModelBundle(setup, reference=load_reference(recipe, setup))
         temperature = recipe.sampler.temperature
-        self.score = make_scorer(setup.model, temperature=temperature, chunk_size=setup.chunk_size)
+        score = partial(make_scorer, setup.model, temperature=temperature, chunk_size=setup.chunk_size)
+        self.score, self.score_reference = score(), score(role=self.bundle.reference)
         options = step_options(recipe, setup.plan)
         self.update_for = make_update(recipe.rl, setup, options, temperature=temperature)
         self.evaluator = make_evaluator(recipe, prompts.held_out, tokenizer, judge)
@@ -176,7 +198,7 @@ class GRPO:
         if self.sampler.weight_version == done:
             return
         start = time.perf_counter()
-        self.sampler.sync(self.session.state.params, done)
+        self.sampler.sync(sampled_params(self.setup, self.session.state.params), done)
         self.seconds["sync"] = time.perf_counter() - start
 
     def collect(self) -> Rollout:
@@ -190,12 +212,17 @@ class GRPO:
             seed=self.recipe.train.seed,
             step=self.session.done + 1,
         )
-        rollout = collect(
-            lambda count, seen: self.prompts.train.take(count, exclude=seen),
-            lambda problems: sample(self.sampler, problems, sampling),
-            lambda problems, completions: self.judge(problems, completions, self.tokenizer),
-            rl,
-        )
+        try:
+            rollout = collect(
+                lambda count, seen: self.prompts.train.take(count, exclude=seen),
+                lambda problems: sample(self.sampler, problems, sampling),
+                lambda problems, completions: self.judge(problems, completions, self.tokenizer),
+                rl,
+            )
+        except RewardStop as stop:
+            # The ledger names what went wrong; a resumed run drops the file, as the step was not made.
+            self._record(self.session.done + 1, unlearnt(stop.judged), [None] * len(stop.judged.completions))
+            raise
         self.seconds |= {"rollout": rollout.sample_seconds, "reward": rollout.reward_seconds}
         return rollout
 
@@ -207,8 +234,8 @@ class GRPO:
         batch: PolicyBatch = place(packing.batch, self.setup.batch_sharding, self.setup.share)
         start = time.perf_counter()
         if self.bundle.reference is not None:
-            scores = self.score(self.bundle.reference.params, batch)
-            batch = replace(batch, ref_logps=jax.block_until_ready(scores))
+            arrays = self.bundle.reference.arrays(self.session.state.params)
+            batch = replace(batch, ref_logps=jax.block_until_ready(self.score_reference(arrays, batch)))
             self.seconds["reference"] = time.perf_counter() - start
         if self.recipe.rl.num_iterations > 1:
             start = time.perf_counter()
@@ -257,6 +284,13 @@ class GRPO:
         row["policy/fill"] = float((self.packing.batch.segment_ids != 0).mean())
         # Here, and not after the step, which may end with a save: a step that is saved has its completions on disk.
         logps = unpack(np.asarray(metrics[ROWS + LOGPS]), self.packing, self.rollout.sequences)
-        done = self.session.done
-        write_step(self.attempt.dir, done, ledger_rows(done, self.rollout, logps))
+        row |= mismatch_metrics(self.rollout, logps)
+        self._record(self.session.done, self.rollout, logps)
         return state, metrics
+
+    def _record(self, done: int, rollout: Rollout, logps: Sequence[np.ndarray | None]) -> None:
+        """Writes a step's completions, and shows some of them where they are due."""
+        rows, shown = ledger_rows(done, rollout, logps), self.recipe.logging
+        write_step(self.attempt.dir, done, rows)
+        if is_due(shown.completions_interval, done):
+            self.session.writer.write_table(done, "completions", TABLE_COLUMNS, table(rows[: shown.completions_shown]))

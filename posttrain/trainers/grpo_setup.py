@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.checkpoints.loader import Placement
-from models.functional import FunctionalModel
+from models.functional import FunctionalModel, Params
+from models.lora import merged
 from models.tokenizer import Tokenizer
-from posttrain.bundle import FrozenRole, freeze
+from posttrain.bundle import AdapterBase, Role, freeze
 from posttrain.data.problems import ClosablePrompts, load_all, prompt_set, prompt_stream
 from posttrain.data.prompts import PromptRow
 from posttrain.evaluate import Evaluator
@@ -35,7 +36,7 @@ def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Pro
             f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
             f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
         )
-    parts = prepare_model(recipe, sequence_length=length, updates_per_step=rl.num_iterations)
+    parts = prepare_model(recipe, sequence_length=length, lora=recipe.lora, updates_per_step=rl.num_iterations)
     problems = load_all(data)
     shared = (data, tokenizer, recipe.tokenizer)
     prompts = prompt_set(problems.train, *shared, max_prompt_length=rl.max_prompt_length, limit=data.num_problems)
@@ -52,13 +53,31 @@ def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Pro
     return SessionSetup(**vars(parts), train_iterator=stream), Prompts(stream, held_out.rows if held_out else ())
 
 
-def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> FrozenRole | None:
-    """The policy's first weights, in arrays of their own; None where nothing is measured against them."""
+def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> Role | None:
+    """The policy's first weights, in arrays of their own, or as the base that adapters leave as it is.
+
+    None where nothing is measured against them.
+    """
     if recipe.rl.beta == 0.0:
         return None
+    if setup.model.adapters is not None:
+        return AdapterBase("reference", setup.model)
     model, placement = FunctionalModel(setup.config, recipe.model), Placement(setup.mesh, setup.rules)
     verify, seed = recipe.checkpoint.verify, recipe.train.seed
     return freeze("reference", model, role_params(recipe.model, model, placement, verify=verify, seed=seed))
+
+
+def sampled_model(setup: ModelSetup) -> FunctionalModel:
+    """The model that samples: the policy, without adapters of its own."""
+    return setup.model if setup.model.adapters is None else FunctionalModel(setup.config, setup.model.options)
+
+
+def sampled_params(setup: ModelSetup, params: Params) -> Params:
+    """The policy's weights as that model has them, adapters merged; what has no adapter is shared."""
+    model = setup.model
+    if model.adapters is None:
+        return params
+    return merged(params, model.adapters, model.layout, dtype=model.options.param_dtype)
 
 
 def make_evaluator(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from models.attend import serves_prefixes
 from models.functional import FunctionalModel, Params
 from models.ops.vocab import TokenStats, token_logprobs
+from posttrain.bundle import Role
 from posttrain.data.policy_rows import PolicyBatch
 from posttrain.losses.policy import ALGORITHMS, policy_loss
 from pretrain.batching import BatchPlan
@@ -68,13 +69,21 @@ def shares_prompts(model: FunctionalModel) -> bool:
 
 
 def make_scorer(
-    model: FunctionalModel, *, temperature: float, chunk_size: int
+    model: FunctionalModel, *, temperature: float, chunk_size: int, role: Role | None = None
 ) -> Callable[[Params, PolicyBatch], Float[Array, "R C"]]:
-    """Log-probabilities of a batch's sampled tokens, jitted, without dropout or gradients."""
+    """Log-probabilities of a batch's sampled tokens, jitted, without dropout or gradients.
+
+    Args:
+        model: the policy, or another of its shape.
+        temperature: of the samples.
+        chunk_size: tokens whose logits exist at a time.
+        role: whose arrays are scored, where they are not the policy's.
+    """
 
     @jax.jit
     def score(params: Params, batch: PolicyBatch) -> jax.Array:
         bare = replace(batch, old_logps=None, ref_logps=None)
+        params = params if role is None else role.seen(params)
         options: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size, "with_entropy": False}
         return sampled_stats(model, params, bare, None, **options).logprob_BT
 

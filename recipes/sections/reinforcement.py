@@ -56,7 +56,7 @@ class RLSection(Section):
     mask_truncated: bool = False
     """Leave truncated completions out of the loss, as DAPO's overlong filtering does."""
     max_resamples: Annotated[int, Field(ge=0)] = 0
-    """Rounds in which groups without any difference in reward are replaced by new prompts (DAPO's dynamic sampling)."""
+    """Rounds in which groups without any difference in reward get new prompts (DAPO); then it is an error. 0: none."""
 
     def problems(self) -> Iterator[Problem]:
         """Yields groups that are too small."""

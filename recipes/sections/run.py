@@ -98,3 +98,12 @@ class LoggingSection(Section):
                 "a trace runs from a first to a last completed step, counted from 1",
                 "write [first, last] with 1 <= first <= last",
             )
+
+
+class RLLoggingSection(LoggingSection):
+    """As LoggingSection, and what is shown of completions; `completions/` in the run always holds all of them."""
+
+    completions_interval: Annotated[int, Field(ge=0), Unless("wandb", "disabled")] = 10
+    """Completed steps between tables of completions in Weights & Biases; 0 shows none."""
+    completions_shown: Annotated[int, Field(ge=1), Unless("wandb", "disabled")] = 32
+    """Completions in such a table, at most: the first of the step."""

@@ -1,6 +1,7 @@
 """Views of the metrics: what they print, where they write, and that W&B neither asks nor hangs."""
 
 import io
+import json
 import math
 import os
 import struct
@@ -230,6 +231,7 @@ recipe = load_recipe("pretrain_tiny", ["logging.wandb=" + mode]).recipe
 view = views.WandbView(Run(folder, 1, None, True, ""), recipe, out=sys.stdout)
 view.write(5, {"learning/loss": 1.0})
 view.write(3, {"evaluation/loss": float("nan")})
+view.write_table(3, "completions", ("prompt", "reward"), [("1 + 1 =", 0.5), ("2 + 2 =", 1.0)])
 view.close(False)
 """
 
@@ -254,6 +256,8 @@ def test_real_wandb_writes_its_rows_offline_even_when_the_service_is_unreachable
     (log,) = (tmp_path / "run").glob("logs/wandb/offline-run-*/run-*.wandb")
     data = log.read_bytes()
     assert data.count(b"learning/loss") and data.count(b"evaluation/loss")
+    (table,) = (tmp_path / "run").glob("logs/wandb/offline-run-*/files/media/table/completions_*.table.json")
+    assert json.loads(table.read_text())["data"] == [["1 + 1 =", 0.5], ["2 + 2 =", 1.0]]
     assert wandb_run_id(tmp_path / "run").encode() in data
     everything = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"hidden-on-command-line" not in everything

@@ -32,6 +32,13 @@ class Recorder:
         self.closed.append(failed)
 
 
+class TableRecorder(Recorder):
+    """A view that shows tables too."""
+
+    def write_table(self, step, name, columns, rows):
+        self.rows.append((step, name, columns, rows))
+
+
 def writer(path, *, attempt=1, restored_step=0, is_main=True, views=()):
     """A writer whose clock stands at 12.5 seconds."""
     return MetricsWriter(
@@ -60,6 +67,14 @@ def test_row_is_one_line_of_json_on_disk_before_write_returns(path):
         assert path.read_text() == (
             '{"step": 4, "attempt": 3, "time": 12.5, "learning/loss": 2.5, "learning/total_weights": 128.0}\n'
         )
+
+
+def test_a_table_goes_to_the_views_that_show_tables_and_not_into_the_file(path):
+    plain, tables = Recorder(), TableRecorder()
+    with writer(path, views=(plain, tables)) as metrics:
+        metrics.write_table(4, "completions", ("a", "b"), [(1, 2)])
+    assert not plain.rows and tables.rows == [(4, "completions", ("a", "b"), [(1, 2)])]
+    assert path.read_text() == ""
 
 
 def test_numbers_of_numpy_and_one_element_arrays_are_taken(path):

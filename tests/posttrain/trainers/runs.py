@@ -85,13 +85,14 @@ def train(kind: str, folder: Path, name: str, *overrides: str) -> Result:
     return import_module(f"posttrain.trainers.{kind}").run(load(kind, folder, name, *overrides), ["test"])
 
 
-def start(kind: str, folder: Path, name: str, *overrides: str) -> "subprocess.Popen[str]":
-    """Starts the recipe by the command line in a process of its own."""
+def start(kind: str, folder: Path, name: str, *overrides: str, **env: Path) -> "subprocess.Popen[str]":
+    """Starts the recipe in a process of its own: by the command line, or with `env` by `trainers/phases.py`."""
     load(kind, folder, name)
-    arguments = [kind, str(folder / f"{kind}.yaml"), f"run.dir={folder / name}", *overrides]
+    arguments = [str(folder / f"{kind}.yaml"), f"run.dir={folder / name}", *overrides]
+    program = ["tests.posttrain.trainers.phases"] if env else ["posttrain", kind]
     return subprocess.Popen(
-        [sys.executable, "-m", "posttrain", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-m", *program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **{key: str(env[key]) for key in env}},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -45,10 +45,27 @@ def arguments(folder: Path, case: str, name: str) -> list[Any]:
     return [kind, folder, f"{case} {name}", "checkpoint.interval=2", *more]
 
 
+class Tables:
+    """What W&B would be shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[Any, ...]] = []
+
+    def write(self, step: int, metrics: Any) -> None:
+        """Numbers are in metrics.jsonl."""
+
+    def write_table(self, *table: Any) -> None:
+        self.shown.append(table)
+
+    def close(self, failed: bool) -> None:
+        """Has nothing to close."""
+
+
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> dict[str, Any]:
-    """Four steps without a stop, saved after 2 and 4; and which steps the ledger held at each save."""
-    save, seen = TrainingSession.save, []
+    """Four steps without a stop, saved after 2 and 4; which steps the ledger held at each save; W&B's tables."""
+    save, seen, tables = TrainingSession.save, [], Tables()
+    shown = ("logging.wandb=offline", "logging.completions_interval=3", "logging.completions_shown=5")
 
     def watched(self: TrainingSession, *, blocking: bool) -> None:
         seen.append(recorded_steps(self.run_dir))
@@ -56,8 +73,9 @@ def straight(folder: Path) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingSession, "save", watched)
-        runs = {name: train(*arguments(folder, name, "straight")) for name in CASES}
-    return {**runs, "recorded at saves": seen}
+        patch.setattr("recipes.metrics.make_views", lambda *_, **__: [tables])
+        runs = {name: train(*arguments(folder, name, "straight"), *shown) for name in CASES}
+    return {**runs, "recorded at saves": seen, "tables": tables.shown}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,6 +112,31 @@ def test_the_ledger_holds_the_trainers_log_probabilities_before_any_update(strai
         for one in read_step(straight[case].run_dir, step):
             assert one["counted"] and one["weight_version"] == step - 1
             np.testing.assert_allclose(one["trainer_logps"], one["sampler_logps"], atol=1e-4)
+
+
+def test_completions_are_shown_in_tables_every_few_steps(straight: dict[str, Any]) -> None:
+    """Of each run the third step's first five."""
+    assert [(step, name, len(rows)) for step, name, _, rows in straight["tables"]] == [(3, "completions", 5)] * 2
+    _, _, columns, rows = straight["tables"][0]
+    for row, one in zip(rows, read_step(straight["one update"].run_dir, 3)[:5], strict=True):
+        found = dict(zip(columns, row, strict=True))
+        for name in ("step", "prompt", "completion", "answer", "reward", "advantage", "finish_reason"):
+            assert found[name] == one[name], name
+        assert found["tokens"] == len(one["completion_ids"]) and found["failures"] == ""
+
+
+def test_the_worst_token_of_each_step_is_logged_and_is_rounding(straight: dict[str, Any]) -> None:
+    """In float32 on one device; the ledger holds the same numbers."""
+    run_dir = straight["one update"].run_dir
+    metrics = {row["step"]: row for row in read_metrics(metrics_path(run_dir)) if "learning/loss" in row}
+    for step in (1, 2, 3, 4):
+        row, ledger = metrics[step], read_step(run_dir, step)
+        both = [np.concatenate([one[name] for one in ledger]) for name in ("trainer_logps", "sampler_logps")]
+        differences = both[0].astype(np.float32) - both[1].astype(np.float32)
+        assert row["sampler/logp_diff_max"] == np.abs(differences).max() > 0
+        assert row["sampler/logp_diff_abs"] == pytest.approx(np.abs(differences).mean(), rel=1e-3)
+        assert row["sampler/logp_diff_abs"] <= 1e-5
+        assert 0.999 <= row["sampler/ratio_min"] <= 1.0 <= row["sampler/ratio_max"] <= 1.001
 
 
 def test_the_schedule_counts_steps_however_many_updates_each_makes(straight: dict[str, Any]) -> None:
