@@ -108,6 +108,29 @@ def make_sft_eval_iterator(
     return make_iterator(data, batches, _fingerprint(data, tokenizer, pieces, (0, 1), rows_per_batch * host_count))
 
 
+def make_sft_pass(
+    data: PosttrainDataSection,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    rows_per_batch: int,
+    add_bos: bool,
+    add_eos: bool,
+    host_index: int,
+    host_count: int,
+) -> RowIterator:
+    """Each training example once, with the tokens it has in training: to compute what is cached of an example.
+
+    Arguments as for `make_sft_iterator`; hosts share the rows of a batch as in evaluation.
+    """
+    check_vocabulary(tokenizer, vocab_size)
+    data = one_pass(data)
+    open_source = _source_opener(data, tokenizer, row_rules(data), add_bos, add_eos)
+    pieces = ordered_pieces(data, train_sources(data), open_source, (0, 1))
+    batches = _batches(data, pieces.dataset, rows_per_batch, (host_index, host_count), all_rows=True)
+    return make_iterator(data, batches, _fingerprint(data, tokenizer, pieces, (0, 1), rows_per_batch * host_count))
+
+
 def row_rules(data: PosttrainDataSection) -> RowRules:
     """The section's rules for rows."""
     return RowRules(

@@ -126,6 +126,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
         reference = load_reference(recipe, setup) if PREFERENCES[recipe.dpo.loss].needs_reference else None
         if isinstance(reference, FrozenRole) and recipe.dpo.reference == "cached":
             scores = cache_scores(setup, reference, open_passes(recipe, setup), attempt.dir)
+            reference.release()
             reference = None
         else:
             scores = Scores.of(setup, reference)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from models.functional import Params
+from models.lora import merged
 from models.tokenizer import Tokenizer
 from posttrain.samplers.base import Prompt, Sampler, Sampling
 from pretrain.batching import place
@@ -46,7 +48,7 @@ class StudentRows:
         session = self._session
         assert session is not None
         if self._sampler.weight_version != session.done:
-            self._sampler.sync(session.state.params, session.done)
+            self._sampler.sync(self._whole(session.state.params), session.done)
         sampling = Sampling(
             max_tokens=self._recipe.distill.max_completion_length,
             temperature=self._recipe.sampler.temperature,
@@ -56,6 +58,13 @@ class StudentRows:
         )
         asked = [Prompt(tuple(tokens.tolist()), number) for number, tokens in prompts.items()]
         return {one.prompt_id: one.token_ids for one in self._sampler.generate(asked, sampling)}
+
+    def _whole(self, params: Params) -> Params:
+        """The student as a plain model."""
+        model = self._setup.model
+        if model.adapters is None:
+            return params
+        return merged(params, model.adapters, model.layout, dtype=model.options.param_dtype)
 
 
 def prompts_of(rows: TokenBatch) -> Iterator[tuple[int, np.ndarray]]:

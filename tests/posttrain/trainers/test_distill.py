@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain.trainers import distill
-from posttrain.trainers.distill import load_teacher, make_loss_fn, make_teach
+from posttrain.trainers import distill, teaching
+from posttrain.trainers.distill import make_loss_fn
 from posttrain.trainers.sft import prepare_rows
+from posttrain.trainers.teaching import load_teacher, make_teach
 from pretrain.batching import BatchPlan
 from pretrain.step import accumulate
 from tests.posttrain.trainers.logits_model import logits_model, random_logits
@@ -70,8 +71,8 @@ def test_the_teacher_is_in_no_state_gets_no_gradient_and_does_not_change(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roles = []
-    real = distill.freeze
-    monkeypatch.setattr(distill, "freeze", lambda *args: roles.append(real(*args)) or roles[-1])
+    real = teaching.freeze
+    monkeypatch.setattr(teaching, "freeze", lambda *args: roles.append(real(*args)) or roles[-1])
     result = train("distill", folder, "teacher", "train.steps=2", "checkpoint.interval=1", *DEEPER)
     (role,) = roles
     role.require_unchanged()

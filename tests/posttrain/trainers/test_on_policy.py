@@ -57,8 +57,12 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_student_that_is_its_teacher_writes_and_learns_nothing(recipe: Path, tmp_path: Path) -> None:
-    assert main(["distill", str(recipe), f"run.dir={tmp_path / 'run'}", "logging.console=none"]) == 0
+@pytest.mark.parametrize("more", [(), pytest.param(("lora.rank=2",), marks=pytest.mark.slow)])
+def test_a_student_that_is_its_teacher_writes_and_learns_nothing(
+    recipe: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Adapters, which change nothing at first, are merged for the engine."""
+    assert main(["distill", str(recipe), f"run.dir={tmp_path / 'run'}", "logging.console=none", *more]) == 0
     rows = read_metrics(metrics_path(tmp_path / "run"))
     assert [row["learning/loss"] for row in rows] == [0.0, 0.0]
     # Four answers of up to eight tokens are trained, and no token of a prompt.

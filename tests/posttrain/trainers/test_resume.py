@@ -10,7 +10,7 @@ import pytest
 from models.checkpoints.manager import list_steps
 from models.parameters import flatten
 from posttrain.bundle import FrozenRole
-from posttrain.trainers import distill, dpo
+from posttrain.trainers import distill, dpo, teaching
 from recipes.rundir import checkpoint_dir, checkpoints_dir
 from tests.posttrain.trainers.runs import train
 from tests.pretrain.runs import assert_same_bits, losses, saved
@@ -63,7 +63,7 @@ def test_the_oracle_of_resumption_sees_a_lost_data_position(folder: Path, monkey
 def test_a_frozen_model_that_is_written_to_is_an_error_at_the_save_and_nothing_is_saved(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = {"dpo": dpo, "distill": distill}[kind]
+    module: Any = {"dpo": dpo, "distill": teaching}[kind]
     trainer = {"dpo": dpo.PreferenceTrainer, "distill": distill.Distiller}[kind]
     roles: list[FrozenRole] = []
     freeze, prepare, calls = module.freeze, trainer._prepare_inputs, []
