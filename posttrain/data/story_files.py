@@ -27,7 +27,7 @@ ALL_VERBS = (*GAIN_VERBS[:6], *LOSS_VERBS[:6])
 SOLVED_VERBS = (*GAIN_VERBS[:3], *LOSS_VERBS[:3])
 """Verbs of the stories that are shown with their solution; what the others mean is left to learn from rewards."""
 LARGEST = 50
-"""Bound on all numbers: a million tokens teach a small model to add and to multiply below 50, and not below 100."""
+"""Bound on all numbers: there are a quarter as many sums below 50 as below 100 to learn from the same text."""
 SHARES = Shares(drills=0.5, sums=0.2, stories=0.1)
 """Half of the text drills single steps: a policy that calculates badly hears from its rewards of its sums alone."""
 PRETRAINING_SEED = 1_000_003
