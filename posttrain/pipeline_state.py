@@ -31,6 +31,11 @@ REWARDED_KINDS = ("grpo", "eval")
 _DECIDES_WHAT_IS_DONE = re.compile(r"eval\..*|data\.eval_.*|train\.steps")
 """Keys that a run may change when it goes on, and that yet make another result of a stage."""
 
+_READ_BY_EVALUATION = re.compile(
+    r"kind|(model|tokenizer|data|eval|sampler|rewards)\..*|train\.(seed|matmul_precision)|rl\.max_\w+_length"
+)
+"""Of an evaluation's recipe, which may have a training recipe as its base, the keys that it reads."""
+
 
 @dataclass(frozen=True)
 class DoneStage:
@@ -130,6 +135,8 @@ def _done_problems(
     before, now = flatten(found.values), flatten(effective_values(stage.loaded.recipe))
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     changed = [key for key in keys if _DECIDES_WHAT_IS_DONE.fullmatch(key) or not may_change_on_resume(key)]
+    if stage.loaded.recipe.kind == "eval":
+        changed = [key for key in changed if _READ_BY_EVALUATION.fullmatch(key)]
     if changed:
         said = ", ".join(f"{key} ({dump_inline(before.get(key))} -> {dump_inline(now.get(key))})" for key in changed)
         yield f"{where}, and its recipe changes {said}; {remove}, choose another run.dir, or take the changes back"

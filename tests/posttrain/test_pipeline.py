@@ -24,9 +24,18 @@ common: {model: {preset: stories}, tokenizer: {path: "{stages.data}/tokenizer"}}
 stages:
   data: {kind: stories}
   pretrain: {base: pretrain_stories, data: {path: "{stages.data}/pretrain.jsonl"}}
-  sft: {base: sft_stories, data: {path: "{stages.data}/sft.jsonl"}}
+  sft:
+    base: sft_stories
+    data: {path: "{stages.data}/sft.jsonl"}
+    train: {steps: 60}
+    optimizer: {learning_rate: 0.001}
   grpo: {base: grpo_stories, data: {path: "{stages.data}/problems.jsonl", eval_path: null}}
-  eval_sft: {base: grpo_stories, kind: eval, from: sft, data: {path: "{stages.data}/test.jsonl", eval_path: null}}
+  eval_sft:
+    base: grpo_stories
+    kind: eval
+    from: sft
+    data: {path: "{stages.data}/test.jsonl", eval_path: null}
+    eval: {num_samples: 4}
 """
 ESTIMATE = {"low": 0.25, "high": 0.75, "num_problems": 40}
 
@@ -100,9 +109,13 @@ def test_a_changed_recipe_of_a_done_stage_is_refused_before_anything_runs(fakes)
     # More steps would be a resumed run for a verb; here they would be another model than the one that was used.
     (line,) = fakes.refused("stages.sft.train.steps=61")
     assert "train.steps (60 -> 61)" in line
-    # What is only watched or stored may change.
+    # What is only watched or stored may change, and of an evaluation what only training reads.
     fakes("stages.sft.logging.console=none", "stages.sft.checkpoint.keep=1")
     assert fakes.ran == ["grpo", "eval_sft"]
+    fakes("stages.eval_sft.optimizer.learning_rate=0.5", "stages.eval_sft.train.steps=3")
+    assert fakes.ran == []
+    (line,) = fakes.refused("stages.eval_sft.eval.num_samples=8")
+    assert "stage eval_sft is done, and its recipe changes eval.num_samples (4 -> 8)" in line
 
 
 def test_a_changed_recipe_of_a_begun_stage_is_refused_before_anything_runs(fakes):
