@@ -33,6 +33,7 @@ def test_linen_unrolled_has_the_curve_of_nnx_scanned(tmp_path: Path, case: str) 
     np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_learn_from_a_teacher_on_a_base_that_keeps_every_bit(tmp_path: Path) -> None:
     given = ("lora.rank=2", "teacher.overrides.num_layers=3")
     result = train("distill", tmp_path, "adapters", "checkpoint.interval=3", *given)
@@ -72,6 +73,7 @@ def test_what_cannot_be_or_has_no_effect_is_refused_before_a_run_begins(
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_reference_may_rest_in_another_number_format(tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits: log-probabilities of some 100 nats differ, and so the first loss is ln 2 no more."""
     halved = train("dpo", tmp_path, "halved", "dpo.reference_dtype=bfloat16", "train.steps=1", QUIET[0])
