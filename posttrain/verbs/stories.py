@@ -17,7 +17,8 @@ def stories(
 ) -> None:
     """Write arithmetic stories for every stage of training.
 
-    These are text, examples, pairs and problems, and a tokenizer of whole words. What is shown solved uses half of the verbs; what the others mean is left to learn from rewards.
+    These are text, examples, pairs and problems, and a tokenizer of whole words. What is shown solved uses half of the
+    verbs; what the others mean is left to learn from rewards.
     """
     from posttrain.data.story_files import write_stories
 
