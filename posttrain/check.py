@@ -26,7 +26,7 @@ from models.sharding import activation_mesh
 from models.tokenizer import Tokenizer, load_tokenizer
 from posttrain.advantages import has_signal
 from posttrain.data.policy_rows import SampledSequence, pack
-from posttrain.doctor import AT_THE_END, _symptoms
+from posttrain.doctor import AT_THE_END, watched_symptoms
 from posttrain.rollouts import Judge, Judged, Rollout, rollout_metrics, sample, weigh
 from posttrain.samplers.base import Sampling
 from posttrain.samplers.choose import make_sampler
@@ -137,7 +137,7 @@ def findings(
     # Without a kept completion there is no mean for the doctor to look at, and the step would be refused.
     kept = bool(judged.combined.kept.any())
     lowest, highest = total_range(infos)
-    named = _symptoms(recipe.doctor, lowest, highest) if kept else {}
+    named = watched_symptoms(recipe.doctor, lowest, highest) if kept else {}
     symptoms = {name: advice for name, (shows, advice) in named.items() if shows(metrics)}
     model = recipe.model
     sources = (model.hf_path, model.load_parameters_path, model.load_full_state_path)

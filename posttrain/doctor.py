@@ -29,7 +29,7 @@ class Doctor:
         """
         self._section = section
         self._lasted: dict[str, int] = {}
-        self._symptoms = _symptoms(section, lowest, highest)
+        self._symptoms = watched_symptoms(section, lowest, highest)
 
     def examine(self, step: int, row: Mapping[str, float]) -> list[str]:
         """Looks at the metrics of a step.
@@ -59,7 +59,8 @@ Symptom = tuple[Callable[[Mapping[str, float]], bool], str]
 """Whether a step's metrics show it, and what to do about it."""
 
 
-def _symptoms(section: DoctorSection, lowest: float, highest: float) -> dict[str, Symptom]:
+def watched_symptoms(section: DoctorSection, lowest: float, highest: float) -> dict[str, Symptom]:
+    """What is watched for by name: whether a step's metrics show it, and what to do about it."""
     return {
         "every completion is truncated": (
             lambda row: row["completions/truncated"] == 1.0,

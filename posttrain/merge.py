@@ -52,7 +52,7 @@ def merge(
     """
     origin = find_origin(run, from_step=from_step)
     if origin.kind != "ours":
-        raise ValueError(f"{run}: holds no adapters: they lie in a run of `posttrain sft` with lora.rank; name one")
+        raise ValueError(f"{run}: holds no adapters: a run with lora.rank holds them; name one")
     stored = read_adapters(origin.folder)
     if base is not None:
         source: Any = "huggingface" if (base / CONFIG_FILE).is_file() else "checkpoint"

@@ -126,6 +126,16 @@ class TrainingRecipe(Recipe):
                 "remove it, or set lora.rank=0",
             )
 
+    def reference_problems(self) -> Iterator[Problem]:
+        """Yields the problem of a reference, for a recipe that has one, that nothing holds."""
+        if self.model.load_full_state_path is not None:
+            yield Problem(
+                "model.load_full_state_path",
+                self.model.load_full_state_path,
+                "the reference is the weights that training began with, which a state does not hold",
+                "set model.load_parameters_path to begin at its weights, or run.dir to go on with its run",
+            )
+
     def tokenizer_problems(self, why: str) -> Iterator[Problem]:
         """Yields the problem of a recipe that reads text, as `why` says, and names no tokenizer."""
         if self.tokenizer.path is None and self.tokenizer.kind != "bytes":
@@ -194,13 +204,8 @@ class DPORecipe(RowsRecipe):
         yield from self.held_out_problems(self.data)
         yield from self.adapter_problems(self.lora)
         has_reference = self.dpo.loss in ("dpo", "cdpo", "ipo") and self.lora.rank == 0
-        if has_reference and self.model.load_full_state_path is not None:
-            yield Problem(
-                "model.load_full_state_path",
-                self.model.load_full_state_path,
-                "the reference is the weights that training began with, which a state does not hold",
-                "set model.load_parameters_path to begin at its weights, or run.dir to go on with its run",
-            )
+        if has_reference:
+            yield from self.reference_problems()
 
 
 class DistillRecipe(RowsRecipe):
@@ -289,6 +294,8 @@ class GRPORecipe(ProblemsRecipe):
         """Yields the rules of reinforcement learning that need several sections; keys are dotted."""
         yield from super().cross_problems()
         yield from self.adapter_problems(self.lora)
+        if self.rl.beta > 0 and self.lora.rank == 0:
+            yield from self.reference_problems()
         if self.train.gradient_accumulation_steps != 1:
             yield Problem(
                 "train.gradient_accumulation_steps",

@@ -9,6 +9,7 @@ import numpy as np
 from posttrain.data.word_problems import (
     GAIN_VERBS,
     LOSS_VERBS,
+    MADE_UP_VERBS,
     Shares,
     Split,
     WordProblem,
@@ -24,8 +25,10 @@ LEVELS = (2, 3)
 SHOWN_LEVELS = (1,)
 """Of the solved stories in pretraining's text: one step, so that it is left to SFT to show how two are taken."""
 ALL_VERBS = (*GAIN_VERBS[:6], *LOSS_VERBS[:6])
-SOLVED_VERBS = (*GAIN_VERBS[:3], *LOSS_VERBS[:3])
-"""Verbs of the stories that are shown with their solution; what the others mean is left to learn from rewards."""
+SOLVED_VERBS = (*GAIN_VERBS[:3], *LOSS_VERBS[:3], *MADE_UP_VERBS[:3])
+"""Verbs of the stories that are shown with their solution; what the others mean is left to learn from rewards. A third
+are made up, so that a model is undecided about the others: where it was sure of a wrong meaning, rewards could not undo
+that."""
 LARGEST = 50
 """Bound on all numbers: there are a quarter as many sums below 50 as below 100 to learn from the same text."""
 SHARES = Shares(drills=0.5, sums=0.2, stories=0.1)

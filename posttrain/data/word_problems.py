@@ -44,6 +44,9 @@ GAIN_VERBS = (
 LOSS_VERBS = (
     "lost", "sold", "donated", "dropped", "used", "returned", "mailed", "misplaced", "discarded", "shipped",
 )  # fmt: skip
+MADE_UP_VERBS = ("blicked", "dorped", "fepped", "gorped", "snigged", "wubbed")
+"""These mean now a gain, now a loss. A model that meets them solved learns to be undecided about a verb that it doesn't
+know, where it would else be sure of one meaning; and what is undecided, rewards can decide."""
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Ella", "Leo", "Nora", "Omar", "Ruth")
 OBJECTS = (
     "apples", "pens", "coins", "books", "cards", "shells", "stamps", "marbles", "stickers", "buttons", "balls", "toys",
@@ -126,7 +129,7 @@ def word_problems(
         split: the split.
         levels: levels of difficulty, each as likely; see `LEVELS`.
         verbs: verbs that steps may use, at least one of `GAIN_VERBS` and one of `LOSS_VERBS`. Gains and losses are
-            equally likely, and so are the verbs of each kind.
+            equally likely, and so are the verbs of each kind, to which those of `MADE_UP_VERBS` belong both.
         largest: bound on every number, results in between included; at most 99.
 
     Returns:
@@ -166,18 +169,19 @@ def _check(split: str, levels: Sequence[int], verbs: Sequence[str], largest: int
             f"word problems: largest={largest}: numbers up to {LARGEST} are one token each, and below 9 there are "
             "hardly any stories; choose 9 to 99"
         )
-    unknown = [verb for verb in verbs if verb not in (*GAIN_VERBS, *LOSS_VERBS)]
+    known = (*GAIN_VERBS, *LOSS_VERBS, *MADE_UP_VERBS)
+    unknown = [verb for verb in verbs if verb not in known]
     if unknown or len(set(verbs)) != len(verbs):
         raise ValueError(
-            f"word problems: verbs={list(verbs)}: each is one of {', '.join((*GAIN_VERBS, *LOSS_VERBS))}, named once; "
-            "correct the list"
+            f"word problems: verbs={list(verbs)}: each is one of {', '.join(known)}, named once; correct the list"
         )
     if not set(verbs) & set(GAIN_VERBS) or not set(verbs) & set(LOSS_VERBS):
         raise ValueError(f"word problems: verbs={list(verbs)}: stories gain and lose; name a verb of either kind")
 
 
 def _by_kind(verbs: Sequence[str]) -> tuple[list[str], list[str]]:
-    return [verb for verb in verbs if verb in GAIN_VERBS], [verb for verb in verbs if verb in LOSS_VERBS]
+    gains, losses = ([verb for verb in verbs if verb in (*kind, *MADE_UP_VERBS)] for kind in (GAIN_VERBS, LOSS_VERBS))
+    return gains, losses
 
 
 def _story(
@@ -360,7 +364,8 @@ def word_vocabulary(tags: Tags) -> tuple[str, ...]:
         templates = templates.replace("{" + field + "}", " ")
     split = _pre_tokenizer(tags)
     spoken = {word for word, _ in split.pre_tokenize_str(templates)}
-    words = sorted({*spoken, *THEN, *NAMES, *OBJECTS, *CONTAINERS, *GAIN_VERBS, *LOSS_VERBS} - {".", "?"})
+    verbs = (*GAIN_VERBS, *LOSS_VERBS, *MADE_UP_VERBS)
+    words = sorted({*spoken, *THEN, *NAMES, *OBJECTS, *CONTAINERS, *verbs} - {".", "?"})
     numbers = map(str, range(LARGEST + 1))
     others = (PAD, BOS, EOS, UNKNOWN, *numbers, "+", "-", "*", "=", ".", "?", ",", MARK)
     for tag in tags.in_order():

@@ -12,6 +12,7 @@ from recipes.schema import (
     DataSection,
     EvalSection,
     FrozenMap,
+    GRPORecipe,
     LoggingSection,
     MeshSection,
     MixtureEntry,
@@ -47,6 +48,12 @@ SECTIONS = (
 )
 
 TEXT = {"kind": "text", "path": "x"}
+WITH_REFERENCE = {
+    "model": {"preset": "a", "load_full_state_path": "x"},
+    "tokenizer": {"path": "bytes"},
+    "data": {"kind": "word_problems"},
+    "rl": {"beta": 0.1},
+}
 
 
 def pretrain(**sections):
@@ -263,6 +270,7 @@ def test_no_effect_message_names_switch_and_remedy_with_full_keys():
             lambda: pretrain(mesh={"coordinator_address": "a:1", "num_processes": 2, "process_id": 0}),
             {"run.dir"},
         ),
+        (lambda: GRPORecipe(**WITH_REFERENCE), {"model.load_full_state_path"}),
     ],
 )  # fmt: skip
 def test_contradiction_is_refused_and_blamed_on_its_key(make, keys):

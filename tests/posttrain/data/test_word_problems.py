@@ -15,6 +15,7 @@ from posttrain.data.word_problems import (
     GAIN_VERBS,
     LEVELS,
     LOSS_VERBS,
+    MADE_UP_VERBS,
     Shares,
     pretraining_texts,
     save_word_tokenizer,
@@ -35,6 +36,16 @@ ALL = (*GAIN_VERBS, *LOSS_VERBS)
 def made(count=300, **changes):
     given = {"seed": 0, "split": "train", "levels": LEVELS, "verbs": ALL, "largest": 99}
     return word_problems(count, **{**given, **changes})
+
+
+def test_a_made_up_verb_gains_as_often_as_it_loses():
+    gains = Counter()
+    for problem in made(2000, verbs=(GAIN_VERBS[0], LOSS_VERBS[0], MADE_UP_VERBS[0]), levels=(1,)):
+        gains[problem.verbs[0], "+" in problem.steps[0]] += 1
+    assert not gains[GAIN_VERBS[0], False] and not gains[LOSS_VERBS[0], True]
+    # Five standard deviations of a fair coin; half of all steps take it.
+    up, down = (gains[MADE_UP_VERBS[0], sign] for sign in (True, False))
+    assert up + down > 800 and abs(up - down) < 5 * (up + down) ** 0.5
 
 
 @pytest.fixture(scope="module")
