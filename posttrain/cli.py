@@ -208,17 +208,6 @@ def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any
     print(f"{result.run_dir}: {result.completed_steps} steps completed{loss}")
 
 
-adapters_verb.register(app)
-check_verb.register(app)
-checkpoints_verbs.register(app)
-convert_verb.register(app)
-generate_verb.register(app)
-inspect_data_verb.register(app)
-report_verb.register(app)
-stories_verb.register(app)
-wandb_workspace_verb.register(app)
-
-
 def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
     """Loads a recipe, checks the names in its model section, and prints the loader's notes to stderr.
 
@@ -232,9 +221,19 @@ def open_recipe(recipe: str, overrides: Sequence[str] | None) -> LoadedRecipe:
     return loaded
 
 
+# In the order of the help: training, then what looks at data and runs, then checkpoints.
 app.command(name="grpo")(grpo_verb.make_grpo(open_recipe, train))
 app.command(name="eval")(evaluate_verb.make_eval(open_recipe))
 app.command(name="pipeline")(pipeline_verb.make_pipeline(open_recipe))
+inspect_data_verb.register(app)
+check_verb.register(app)
+report_verb.register(app)
+generate_verb.register(app)
+convert_verb.register(app)
+checkpoints_verbs.register(app)
+adapters_verb.register(app)
+stories_verb.register(app)
+wandb_workspace_verb.register(app)
 
 
 def check_model(loaded: LoadedRecipe, of: str = "") -> None:

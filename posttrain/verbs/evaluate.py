@@ -25,9 +25,10 @@ def make_eval(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecipe]) 
         ] = None,
         reward_file: RewardFileOption = None,
     ) -> None:
-        """Solve a recipe's held-out problems with its model: greedy, avg@k, pass@k, maj@k with intervals.
+        """Solve a recipe's held-out problems with its model.
 
-        The table is printed; JSON and one line a problem go into the run's folder.
+        Greedy, avg@k, pass@k and maj@k come with 95 % intervals. The table is printed; JSON and one line a problem go
+        into the run's folder.
         """
         loaded = open_recipe(recipe, overrides)
         if loaded.recipe.kind not in ("eval", "grpo"):

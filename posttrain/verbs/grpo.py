@@ -31,9 +31,9 @@ def make_grpo(
         ] = None,
         reward_file: RewardFileOption = None,
     ) -> None:
-        """Train a model by rewards of what it writes (GRPO, GSPO, Dr. GRPO, DAPO, RLOO).
+        """Train a model by rewards of what it writes.
 
-        Exit codes as for pretrain.
+        The algorithms are GRPO, GSPO, GSPO-token, Dr. GRPO, DAPO and RLOO. Exit codes as for pretrain.
         """
         loaded = open_recipe(recipe, overrides)
         if loaded.recipe.kind != "grpo":

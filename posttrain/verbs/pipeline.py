@@ -23,7 +23,7 @@ def make_pipeline(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecip
         ] = None,
         reward_file: RewardFileOption = None,
     ) -> None:
-        """Run stages one after the other: pretrain, sft, grpo, eval, export.
+        """Run stages in a row: pretrain, sft, grpo, eval, export.
 
         Stages that are done in run.dir are not repeated, and an interrupted one goes on where it was. Exit codes as for
         pretrain.

@@ -13,6 +13,7 @@ import yaml
 
 from posttrain import cli
 from recipes.load import load_recipe, shipped_recipes
+from recipes.schema import RECIPE_KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -52,9 +53,9 @@ def start(*arguments, **options):
 def test_help_lists_every_verb_with_a_line_of_its_own(run):
     code, out, err = run("--help")
     assert code == 0 and not err
-    for verb in ("recipes", "show"):
-        line = next(line for line in out.splitlines() if line.split()[:1] == [verb])
-        assert len(line.split()) > 3 and "..." not in line
+    lines = out.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert {"recipes", "show", *RECIPE_KINDS} - {"export"} <= {line.split()[0] for line in lines}
+    assert all(len(line.split()) > 3 and "..." not in line for line in lines), "a help line is cut at 80 columns"
     assert "--traceback" in out
 
 
