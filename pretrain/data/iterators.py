@@ -7,6 +7,9 @@ that belongs to the last batch handed out, whatever has been read ahead; each ho
 from __future__ import annotations
 
 import copy
+import functools
+import queue
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -96,7 +99,7 @@ class RowIterator:
         self._iterators = [iter(self._batches)]
         # grain closes an iterator that is collected, which fails noisily once the interpreter has begun to end. So it
         # is closed before that, and let go.
-        self._finalizer = weakref.finalize(self, _close_all, self._iterators)
+        self._finalizer = weakref.finalize(self, _close_left_open, self._iterators, _closing_queue())
         self._tallies = dict.fromkeys(self._tally_names, 0)
 
     def __iter__(self) -> RowIterator:
@@ -147,7 +150,33 @@ class RowIterator:
 
     def close(self) -> None:
         """Stops the reading threads."""
-        self._finalizer()
+        self._finalizer.detach()
+        _close_all(self._iterators)
+
+
+def _close_left_open(iterators: list[grain.DatasetIterator], closing: queue.SimpleQueue) -> None:
+    """Closes what nobody closed: in another thread, unless the interpreter ends.
+
+    A garbage collection comes in any thread and between any two instructions, so also in a reading thread that holds a
+    lock of its thread pool. To close there means to wait for another reading thread, which may want that lock.
+    """
+    if threading.main_thread().is_alive():
+        closing.put(iterators)
+    else:
+        _close_all(iterators)
+
+
+@functools.cache
+def _closing_queue() -> queue.SimpleQueue:
+    """Iterators put here are closed by a thread of its own; `put` may be called within a garbage collection."""
+    closing: queue.SimpleQueue = queue.SimpleQueue()
+
+    def close() -> None:
+        while True:
+            _close_all(closing.get())
+
+    threading.Thread(target=close, name="close-iterators", daemon=True).start()
+    return closing
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:

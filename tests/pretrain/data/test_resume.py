@@ -1,8 +1,11 @@
 """A run that stops and starts again sees the batches that it would have seen without stopping."""
 
+import concurrent.futures.thread
+import gc
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -98,6 +101,21 @@ if __name__ == "__main__":
         batch = next(iterator)
         print(hashlib.sha256(b"".join(getattr(batch, name).tobytes() for name in FIELD_NAMES)).hexdigest())
 """
+
+
+def test_an_iterator_that_is_collected_is_closed_by_another_thread(train, corpus_file):
+    """A collection comes in any thread; one that waited there for a reading thread would hang where that needs a lock
+    of the thread it came in."""
+    forgotten = train(path=str(corpus_file))
+    next(forgotten)
+    reading = {thread for thread in threading.enumerate() if thread.name.startswith("grain-thread-prefetch")}
+    pool_lock = concurrent.futures.thread._global_shutdown_lock
+    with pool_lock:
+        del forgotten
+        gc.collect()
+    for thread in reading:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
 
 
 def test_another_process_continues_from_the_saved_position(train, digest, corpus_file):
