@@ -56,7 +56,7 @@ def make_recipe(corpus: Corpus, *, vocab_size: int) -> SFTRecipe:
     return SFTRecipe.model_validate(
         {
             "kind": "sft",
-            "model": {"preset": "bench-r", "overrides": {"vocab_size": vocab_size}},
+            "model": {"preset": "bench-r", "scan_layers": False, "overrides": {"vocab_size": vocab_size}},
             "tokenizer": {"path": str(corpus.tokenizer)},
             "data": {"path": str(corpus.path), "sequence_length": LENGTH},
             "train": {"per_device_batch_size": ROWS},
