@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.report_completions import LEVELS
 from posttrain.report_panels import INTERVAL, PANELS, SECTIONS, Panel
 from posttrain.report_plots import COLOURS
-from posttrain.report_runs import RunRecord, differences, facts
+from posttrain.report_runs import RunRecord, differences, facts, heading
 
 # A strict policy: a completion that holds markup could not load or run anything, were it not escaped already.
 HEAD = """<!DOCTYPE html>
@@ -104,7 +104,7 @@ def page(runs: Sequence[RunRecord], figures: Mapping[str, str], completions: Map
         figures: SVG elements by panel name.
         completions: HTML of sample completions by run name.
     """
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = heading(runs)
     sections = _sections(figures)
     links = [("summary", "Summary"), *((name, SECTIONS[name]) for name in sections)]
     links += [("samples", "Samples")] * bool(completions) + [("run", "Run" if len(runs) == 1 else "Runs")]
@@ -187,17 +187,19 @@ def _cards(run: RunRecord) -> str:
 
 def _comparison(runs: Sequence[RunRecord]) -> str:
     """A row for each run and a column for each headline, newest values."""
-    headlines = list(dict.fromkeys((title, share) for run in runs for _, title, share in _headlines(run)))
+    present = {title for run in runs for _, title, _ in _headlines(run)}
+    headlines = [(title, share) for _, title, share in HEADLINES if title in present]
     rows = []
     for run in runs:
         known = {title: name for name, title, _ in _headlines(run)}
-        cells = [_number_cell(str(run.steps))]
+        cells = []
         for title, share in headlines:
             name = known.get(title)
             text = "" if name is None else f"{_value(run.last(name), share)} {_interval(run, name, share)}".strip()
             cells.append(_number_cell(text))
+        cells.append(_number_cell(str(run.steps)))
         rows.append(f"<tr><th>{html.escape(run.name)}</th>{''.join(cells)}</tr>")
-    head = "".join(f'<th class="number">{html.escape(text)}</th>' for text in ("steps", *(t for t, _ in headlines)))
+    head = "".join(f'<th class="number">{html.escape(text)}</th>' for text in (*(t for t, _ in headlines), "steps"))
     return _table(f"<th>run</th>{head}", "".join(rows))
 
 

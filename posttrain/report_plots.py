@@ -23,6 +23,8 @@ COLOURS = (
 """Of runs, or of metrics where there is one run; all of them readable on white."""
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Of metrics where there are several runs."""
+MARKS = ("o", "s", "^", "D")
+"""Of metrics that are measured once."""
 BAD = "#cf222e"
 SIZE = (4.8, 3.1)
 """Inches. On a phone's width a letter of the figure is then as large as the page's own."""
@@ -86,7 +88,9 @@ def draw(panel: Panel, runs: Sequence[RunRecord], path_png: Any) -> str | None:
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        if not panel.stacked:
+        if len(runs) > 1 and _one_value_each(panel, shown):
+            _draw_estimates(axes, panel, shown)
+        elif not panel.stacked:
             _draw_lines(axes, panel, shown, many=len(runs) > 1)
         elif len(runs) > 1 or len(shown[0][1].series(shown[0][2][0]).steps) < 3:
             _draw_bars(axes, shown)
@@ -132,6 +136,37 @@ def _draw_lines(axes: Axes, panel: Panel, shown: Sequence[tuple[int, RunRecord, 
     axes.set_ylabel(panel.unit)
     _scale(axes, panel, np.concatenate(everything))
     _step_axis(axes)
+
+
+def _one_value_each(panel: Panel, shown: Sequence[tuple[int, RunRecord, list[str]]]) -> bool:
+    """Whether each run was measured once, as a pipeline's stages are: a line over the steps would then show nothing."""
+    return panel.section == "evaluation" and all(
+        len(run.series(name).steps) == 1 for _, run, names in shown for name in names
+    )
+
+
+def _draw_estimates(axes: Axes, panel: Panel, shown: Sequence[tuple[int, RunRecord, list[str]]]) -> None:
+    """A place for each run, and a mark with its interval for each metric."""
+    metrics = list(dict.fromkeys(name for _, _, names in shown for name in names))
+    values = np.array([run.last(name) for _, run, names in shown for name in names])
+    for place, (_, run, names) in enumerate(shown):
+        for name in names:
+            number = metrics.index(name)
+            value = run.last(name)
+            low, high = (run.series(name + end).values for end in INTERVAL)
+            reach = [[value - low[-1]], [high[-1] - value]] if len(low) and len(high) else None
+            look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+            where = place + 0.16 * (number - (len(metrics) - 1) / 2)
+            axes.errorbar([where], [value], yerr=reach, linestyle="", capsize=3, markersize=5, **look)
+    for number, text in enumerate(labels(metrics)):
+        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+        axes.plot([], [], linestyle="", markersize=5, label=text, **look)
+    axes.set_ylabel(panel.unit)
+    _scale(axes, panel, values[np.isfinite(values)])
+    axes.set_xticks(range(len(shown)), [shortened(run.name, 14) for _, run, _ in shown])
+    axes.set_xlim(-0.6, len(shown) - 0.4)
+    axes.tick_params(axis="x", rotation=0 if len(shown) <= 4 else 40)
+    axes.grid(visible=False, axis="x")
 
 
 def _draw_series(axes: Axes, series: Series, look: dict[str, Any]) -> None:

@@ -179,6 +179,14 @@ def _without_secrets(attempt: dict[str, Any]) -> dict[str, Any]:
     return redact_values({key: value for key, value in attempt.items() if key != "git"}) | {"git": attempt.get("git")}
 
 
+def heading(runs: Sequence[RunRecord]) -> str:
+    """What they are together: a run, a pipeline (whose folder has a recipe too), or several runs."""
+    folders = {run.path.parent for run in runs}
+    if len(runs) == 1:
+        return runs[0].name
+    return folders.pop().name if all(map(_is_run, folders)) and len(folders) == 1 else f"{len(runs)} runs"
+
+
 def facts(run: RunRecord) -> dict[str, str]:
     """What a run was, for the table: every entry is text, and one that is unknown is empty."""
     first, newest = (run.attempts[0], run.attempts[-1]) if run.attempts else ({}, {})

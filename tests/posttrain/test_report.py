@@ -171,6 +171,21 @@ def test_an_evaluation_is_shown_with_its_interval(tmp_path):
     assert "held-out, greedy 75.0 % [65.0 %, 85.0 %] 25.0 % at step 0" in page.text
 
 
+def test_stages_that_were_each_measured_once_have_a_place_each_instead_of_their_steps(tmp_path):
+    for name, step, value in (("eval_sft", 300, 0.5), ("eval_grpo", 200, 0.75)):
+        bounds = {"": value, "_low": value - 0.1, "_high": value + 0.1}
+        write_run(tmp_path / name, [{"step": step, **{f"evaluation/greedy{end}": one for end, one in bounds.items()}}])
+    runs = [tmp_path / "eval_sft", tmp_path / "eval_grpo"]
+    written = write_report(runs, tmp_path / "out")
+    solved = re.search(r'<figure id="solved">.*?</figure>', written.page.read_text(), re.DOTALL)[0]
+    axis = re.findall(r"<text[^>]*>([^<]*)</text>", solved)
+    assert axis[:2] == ["eval_sft", "eval_grpo"] and "step" not in axis
+    # A run that was measured twice has steps to show.
+    more = [{"step": step, "evaluation/greedy": 0.5} for step in (0, 9)]
+    again = write_report([*runs, write_run(tmp_path / "run", more)], tmp_path / "out").page.read_text()
+    assert ">step<" in re.search(r'<figure id="solved">.*?</figure>', again, re.DOTALL)[0]
+
+
 def test_several_runs_share_plots_and_what_differs_is_told(tmp_path):
     one = write_run(tmp_path / "a" / "run", losses(3.0, 2.0), recipe="kind: sft\ntrain: {steps: 2, seed: 0}\n")
     two = write_run(tmp_path / "b" / "run", losses(3.0, 1.0), recipe="kind: sft\ntrain: {steps: 2, seed: 7}\n")
@@ -192,6 +207,12 @@ def test_a_folder_of_runs_is_reported_in_the_order_in_which_they_started(tmp_pat
     assert cli.main(["report", str(tmp_path / "chain")]) == 0
     text = Page(tmp_path / "chain" / "report" / "index.html").text
     assert text.index("pretrain") < text.index("sft") < text.index("grpo")
+    assert "3 runs" in text
+    # A pipeline's folder has a recipe of its own.
+    (tmp_path / "chain" / "resolved.yaml").write_text("kind: pipeline\n")
+    assert cli.main(["report", str(tmp_path / "chain")]) == 0
+    text = Page(tmp_path / "chain" / "report" / "index.html").text
+    assert "3 runs" not in text and "chain" in text
     # The report's own folder is not taken for a run when it is made again.
     assert cli.main(["report", str(tmp_path / "chain")]) == 0
 
