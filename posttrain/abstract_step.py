@@ -188,13 +188,7 @@ def _tokens(recipe: PretrainRecipe | SFTRecipe, notes: list[str]) -> AbstractRun
 
 def _grpo(recipe: GRPORecipe, notes: list[str]) -> AbstractRun:
     rl = recipe.rl
-    longest = rl.max_prompt_length + rl.max_completion_length
-    length = rl.row_length or longest
-    if length < longest:
-        raise ValueError(
-            f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
-            f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
-        )
+    length = rl.tokens_per_row
     setup = abstract_setup(recipe, length, lora=recipe.lora, updates_per_step=rl.num_iterations)
     tokens, logps = np.zeros(rl.max_completion_length, np.int32), np.zeros(rl.max_completion_length, np.float32)
     sequence = SampledSequence(range(rl.max_prompt_length), tokens, logps, 0.0, True)
@@ -222,18 +216,20 @@ def _grpo(recipe: GRPORecipe, notes: list[str]) -> AbstractRun:
     shared = AdapterBase("reference", setup.model) if setup.model.adapters is not None else None
     roles = [frozen("reference", setup, setup.model, (ROLLOUT, SCORING, UPDATE))] if reference and not shared else []
     if reference or several:
-        score: Any = make_scorer(setup.model, temperature=temperature, chunk_size=setup.chunk_size, role=shared)
+        score: Any = make_scorer(setup, temperature=temperature, role=shared)
         params = roles[0].params if roles else abstract_params(setup)
         programs.insert(0, Program(SCORING, lambda: score.lower(params, bare)))
     microbatch = min(num_rows, setup.plan.rows_per_microbatch)
-    rows = Rows(microbatch, num_rows // microbatch, num_rows if reference or several else 0, length)
+    rows = Rows(microbatch, num_rows // microbatch, microbatch if reference or several else 0, length)
     notes = [
         *notes,
         f"all prompts have {rl.max_prompt_length} tokens (rl.max_prompt_length) and all completions "
         f"{rl.max_completion_length} (rl.max_completion_length): {num_rows} rows of {length} tokens a step, in "
         f"micro-batches of {microbatch}",
     ]
-    return _run(recipe, setup, rows, batch, roles, programs, notes, sampler=recipe.sampler, max_length=longest)
+    return _run(
+        recipe, setup, rows, batch, roles, programs, notes, sampler=recipe.sampler, max_length=rl.longest_sequence
+    )
 
 
 def _dpo(recipe: DPORecipe, notes: list[str]) -> AbstractRun:

@@ -112,10 +112,9 @@ def sample_policy(recipe: GRPORecipe, *, num_prompts: int, reward_file: Path | N
         section = recipe.rewards.model_copy(update={"on_failure": shown})
         with activation_mesh(setup.mesh, setup.rules), Judge(section, reward_file=reward_file) as judge:
             make_evaluator(recipe, prompts.held_out, tokenizer, judge)
-            longest = rl.max_prompt_length + rl.max_completion_length
             problems = first_prompts(prompts, num_prompts, needed=rl.prompts_per_step)
             model, place = sampled_model(setup), Path(folder) / "sampler"
-            sampler = make_sampler(recipe.sampler, model, tokenizer, folder=place, max_length=longest)
+            sampler = make_sampler(recipe.sampler, model, tokenizer, folder=place, max_length=rl.longest_sequence)
             try:
                 sampler.sync(first_policy(recipe, setup), 0)
                 completions = sample(sampler, problems, first_sampling(recipe, tokenizer))

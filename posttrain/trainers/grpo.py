@@ -94,10 +94,11 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
             hold_to_reward_file(attempt, reward_file)
             logger.info(attempt.story)
             with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=reward_file) as judge:
-                longest = recipe.rl.max_prompt_length + recipe.rl.max_completion_length
                 folder = attempt.dir / "sampler"
                 model = sampled_model(setup)
-                sampler = make_sampler(recipe.sampler, model, tokenizer, folder=folder, max_length=longest)
+                sampler = make_sampler(
+                    recipe.sampler, model, tokenizer, folder=folder, max_length=recipe.rl.longest_sequence
+                )
                 try:
                     return GRPO(recipe, setup, prompts, tokenizer, sampler, judge, attempt).run()
                 finally:
@@ -121,7 +122,7 @@ class GRPO:
         self.sampler, self.judge, self.attempt = sampler, judge, attempt
         self.bundle = ModelBundle(setup, reference=load_reference(recipe, setup))
         temperature = recipe.sampler.temperature
-        score = partial(make_scorer, setup.model, temperature=temperature, chunk_size=setup.chunk_size)
+        score = partial(make_scorer, setup, temperature=temperature)
         self.score, self.score_reference = score(), score(role=self.bundle.reference)
         options = step_options(recipe, setup.plan)
         self.update_for = make_update(recipe.rl, setup, options, temperature=temperature)
@@ -134,7 +135,7 @@ class GRPO:
 
     def run(self) -> Result:
         """Trains to the last step."""
-        logger.info(self.bundle.memory_table(self.recipe.optimizer))
+        logger.info(self.bundle.memory_table(self.recipe.optimizer, row_length=self.recipe.rl.tokens_per_row))
         work = Work(
             train_step=self._train_step,
             next_batch=lambda: None,
@@ -258,7 +259,7 @@ class GRPO:
         rl = self.recipe.rl
         return pack(
             rollout.sequences,
-            row_length=rl.row_length or rl.max_prompt_length + rl.max_completion_length,
+            row_length=rl.tokens_per_row,
             rows_multiple=self.setup.mesh.size,
             microbatch_rows=self.setup.plan.rows_per_microbatch,
             share_prompts=shares_prompts(self.setup.model),

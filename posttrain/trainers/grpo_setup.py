@@ -30,13 +30,9 @@ class Prompts:
 def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Prompts]:
     """Builds and checks the parts of a run: the model, and the prompts in their order."""
     rl, data = recipe.rl, recipe.data
-    length = rl.row_length or rl.max_prompt_length + rl.max_completion_length
-    if length < rl.max_prompt_length + rl.max_completion_length:
-        raise ValueError(
-            f"rl.row_length={length}: a prompt of {rl.max_prompt_length} tokens with a completion of "
-            f"{rl.max_completion_length} does not fit into a row; raise it, or leave it null"
-        )
-    parts = prepare_model(recipe, sequence_length=length, lora=recipe.lora, updates_per_step=rl.num_iterations)
+    parts = prepare_model(
+        recipe, sequence_length=rl.tokens_per_row, lora=recipe.lora, updates_per_step=rl.num_iterations
+    )
     problems = load_all(data)
     shared = (data, tokenizer, recipe.tokenizer)
     prompts = prompt_set(problems.train, *shared, max_prompt_length=rl.max_prompt_length, limit=data.num_problems)

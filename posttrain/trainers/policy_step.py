@@ -15,7 +15,7 @@ from models.ops.vocab import TokenStats, token_logprobs
 from posttrain.bundle import Role
 from posttrain.data.policy_rows import PolicyBatch
 from posttrain.losses.policy import ALGORITHMS, policy_loss
-from pretrain.batching import BatchPlan
+from pretrain.batching import BatchPlan, join_microbatches, split_microbatches
 from pretrain.losses import head_function
 from pretrain.optimizers import stop_frozen_gradients
 from pretrain.session import TrainStep
@@ -68,15 +68,20 @@ def shares_prompts(model: FunctionalModel) -> bool:
     return serves_prefixes(model.config, model.options.attention, model.options.compute_dtype)
 
 
+def plan_rows(num_rows: int, plan: BatchPlan) -> BatchPlan:
+    """How a step's rows go through the model: as many at a time as the recipe's micro-batches have."""
+    count = max(1, num_rows // plan.rows_per_microbatch)
+    return BatchPlan(microbatches=count, rows_loaded=num_rows, rows_trained=num_rows // count)
+
+
 def make_scorer(
-    model: FunctionalModel, *, temperature: float, chunk_size: int, role: Role | None = None
+    setup: ModelSetup, *, temperature: float, role: Role | None = None
 ) -> Callable[[Params, PolicyBatch], Float[Array, "R C"]]:
     """Log-probabilities of a batch's sampled tokens, jitted, without dropout or gradients.
 
     Args:
-        model: the policy, or another of its shape.
+        setup: the policy, or a model of its shape; a micro-batch of the recipe is scored at a time.
         temperature: of the samples.
-        chunk_size: tokens whose logits exist at a time.
         role: whose arrays are scored, where they are not the policy's.
     """
 
@@ -84,8 +89,15 @@ def make_scorer(
     def score(params: Params, batch: PolicyBatch) -> jax.Array:
         bare = replace(batch, old_logps=None, ref_logps=None)
         params = params if role is None else role.seen(params)
-        options: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size, "with_entropy": False}
-        return sampled_stats(model, params, bare, None, **options).logprob_BT
+        options: dict[str, Any] = {"temperature": temperature, "chunk_size": setup.chunk_size, "with_entropy": False}
+
+        def logps(rows: PolicyBatch) -> jax.Array:
+            return sampled_stats(setup.model, params, rows, None, **options).logprob_BT
+
+        plan = plan_rows(batch.inputs.shape[0], setup.plan)
+        if plan.microbatches == 1:
+            return logps(bare)
+        return join_microbatches(jax.lax.map(logps, split_microbatches(bare, plan)))
 
     return score
 
@@ -154,9 +166,7 @@ def make_update(
 
     @functools.cache
     def compiled(num_rows: int, max_segments: int, last: bool) -> Callable[..., tuple[TrainState, Metrics]]:
-        microbatch = setup.plan.rows_per_microbatch
-        count = max(1, num_rows // microbatch)
-        plan = BatchPlan(microbatches=count, rows_loaded=num_rows, rows_trained=num_rows // count)
+        plan = plan_rows(num_rows, setup.plan)
         loss_fn = make_loss_fn(rl, setup, temperature=temperature, max_segments=max_segments)
         step = make_train_step(loss_fn, setup.tx, setup.schedule, setup.shardings, replace(options, plan=plan))
 

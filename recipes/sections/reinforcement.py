@@ -58,14 +58,32 @@ class RLSection(Section):
     max_resamples: Annotated[int, Field(ge=0)] = 0
     """Rounds in which groups without any difference in reward get new prompts (DAPO); then it is an error. 0: none."""
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest completion."""
+        return self.max_prompt_length + self.max_completion_length
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens in a row of the update."""
+        return self.row_length or self.longest_sequence
+
     def problems(self) -> Iterator[Problem]:
-        """Yields groups that are too small."""
+        """Yields groups that are too small, and rows that are too short."""
         if self.num_generations < 2:
             yield Problem(
                 "num_generations",
                 self.num_generations,
                 "advantages are relative to the group's mean, so a group needs at least 2 completions",
                 "set rl.num_generations >= 2",
+            )
+        if self.tokens_per_row < self.longest_sequence:
+            yield Problem(
+                "row_length",
+                self.row_length,
+                f"a prompt of {self.max_prompt_length} tokens with a completion of {self.max_completion_length} does "
+                "not fit into a row",
+                f"set rl.row_length >= {self.longest_sequence}, or leave it null",
             )
 
 

@@ -1,6 +1,7 @@
-"""The conformance matrix of post-training: PT-01 to PT-05, PT-07 and DPO, through the command line.
+"""The conformance matrix of post-training, PT-01 to PT-07 and DPO, through the command line.
 
-PT-06, the functional run on an 8B model, is the shipped recipe llama31_gsm8k; here its algorithm runs on small models.
+PT-06 asks for a functional run on Llama 3.1 8B and GSM8K. Here it runs on a stand-in that a CPU can train: the shipped
+recipe llama31_gsm8k with the same architecture made small, fine-tuned first on sums. The 8B run is that recipe as is.
 """
 
 import json
@@ -20,12 +21,14 @@ from posttrain.cli import main
 from posttrain.data.build import make_sft_iterator
 from posttrain.data.word_problems import GAIN_VERBS, LOSS_VERBS, word_problems
 from posttrain.ledger import read_step, recorded_steps
+from posttrain.statistics import Estimate, estimate_mean
 from recipes.load import load_recipe
 from recipes.metrics import read_metrics
 from recipes.rundir import metrics_path
 from recipes.schema import ModelSection
 
 FRAMEWORKS = ("nnx", "linen")
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MODEL = "{preset: tiny-llama, overrides: {vocab_size: 259, max_position: 512, head_dim: 32}, framework: FRAMEWORK}"
 SFT = """
 kind: sft
@@ -241,3 +244,93 @@ def test_reinforcement_learning_logs_rewards_of_two_batches(data: Path, tmp_path
         np.testing.assert_allclose(one["sampler_logps"], one["trainer_logps"], atol=1e-4)
         ratios = np.exp(np.array(one["trainer_logps"]) - np.array(one["sampler_logps"]))
         assert ratios.min() >= 0.999 and ratios.max() <= 1.001
+
+
+SMALL = """{hf_path: null, preset: llama3.1-8b, remat: none, param_dtype: float32, compute_dtype: float32, overrides:
+  {vocab_size: 259, embed_dim: 64, mlp_dim: 128, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 32,
+   max_position: 512}}"""
+"""Of Llama 3.1 8B the sizes alone are changed: grouped heads, RoPE's scaling, norms and the untied head are its own."""
+SUMS_SFT = """
+kind: sft
+model: SMALL
+tokenizer: {path: bytes}
+data: {path: SFT_PATH, as_chat: true, sequence_length: 144, num_workers_threads: 1}
+train: {steps: 300, per_device_batch_size: 8}
+optimizer: {learning_rate: 3.0e-3}
+"""
+SUMS_GRPO = """
+base: RECIPE
+kind: grpo
+model: SMALL
+tokenizer: {path: bytes}
+data: {name: null, eval_split: null, path: RL_PATH, template: "{question}"}
+rl: {prompts_per_step: 16, max_prompt_length: 32, max_completion_length: 48, row_length: 256}
+rewards: {num_workers: 1}
+sampler: {engine: native, num_slots: 128, eager: true}
+eval: {interval: 0, at_start: false, at_end: false, num_samples: 8}
+train: {steps: 12, per_device_batch_size: 32}
+optimizer: {learning_rate: 3.0e-4, weight_decay: 0.0}
+schedule: {kind: constant, warmup_fraction: 0.0}
+checkpoint: {interval: 0}
+"""
+
+
+def sums(folder: Path, *, largest: int, held_out: int) -> None:
+    """Sums for fine-tuning, each answered in one example and passed over in another; and those for rewards.
+
+    What rewards can teach is thus to answer, and the fine-tuned model knows the sums that they never ask for.
+    """
+    pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
+    said = "<reasoning></reasoning><answer>{}</answer>"
+    rows = [{"question": f"{a} + {b} =", "answer": said.format(words)} for a, b in pairs for words in (a + b, "pass")]
+    problems = [{"question": f"{a} + {b} =", "answer": f"#### {a + b}"} for a, b in pairs]
+    order = np.random.default_rng(0).permutation(len(problems))
+    parts = {"sft": rows, "held_out": [problems[i] for i in order[:held_out]]}
+    parts["rl"] = [problems[i] for i in order[held_out:]]
+    for name, lines in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, text in (("sft", SUMS_SFT), ("grpo", SUMS_GRPO)):
+        text = text.replace("SMALL", SMALL).replace("RECIPE", str(RECIPES / "llama31_gsm8k.yaml"))
+        text = text.replace("SFT_PATH", str(folder / "sft.jsonl")).replace("RL_PATH", str(folder / "rl.jsonl"))
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def solved(run_dir: Path, *steps: int) -> Estimate:
+    """The share of completions with the right answer, with its 95 % interval; prompts are what is resampled."""
+    groups: dict[tuple[int, int], list[bool]] = {}
+    for step in steps:
+        for row in read_step(run_dir, step):
+            groups.setdefault((step, row["prompt_id"]), []).append(dict(row["reward_parts"])["numbers"] == 1.0)
+    return estimate_mean(np.array([np.mean(group) for group in groups.values()]), seed=0, num_resamples=2000)
+
+
+def test_pt_06_rewards_rise_on_a_small_llama_31(tmp_path: Path) -> None:
+    """Rewards by 0.15 at least, of a range of 1.1, and right answers by more than chance; a stand-in for the 8B run."""
+    sums(tmp_path, largest=2, held_out=0)
+    run("sft", tmp_path / "sft.yaml", tmp_path / "sft")
+    tuned = f"model.load_parameters_path={tmp_path / 'sft'}"
+    rows = run("grpo", tmp_path / "grpo.yaml", tmp_path / "run", tuned, "rl.prompts_per_step=8")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    rewards = [row["rewards/total/mean"] for row in rows]
+    assert np.isfinite(rewards).all() and all(math.isfinite(row["policy/loss"]) for row in rows)
+    assert np.mean(rewards[-2:]) > rewards[0] + 0.15
+    assert solved(tmp_path / "run", 11, 12).low > solved(tmp_path / "run", 1).high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["native", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_pt_06_held_out_problems_are_solved_more_often(tmp_path: Path, engine: str) -> None:
+    """On sums that rewards never asked for, greedy aside: the share solved of eight samples, with intervals apart."""
+    sums(tmp_path, largest=6, held_out=16)
+    run("sft", tmp_path / "sft.yaml", tmp_path / "sft", "train.steps=1500")
+    tuned = f"model.load_parameters_path={tmp_path / 'sft'}"
+    held_out = (f"data.eval_path={tmp_path / 'held_out.jsonl'}", "eval.at_start=true", "eval.at_end=true")
+    more = (tuned, *held_out, "train.steps=30", f"sampler.engine={engine}")
+    rows = run("grpo", tmp_path / "grpo.yaml", tmp_path / "run", *more)
+    before, after = (row for row in rows if "evaluation/avg@8" in row)
+    assert after["evaluation/avg@8_low"] > before["evaluation/avg@8_high"]
+    trained = [row for row in rows if "policy/loss" in row]
+    assert trained[-1]["rewards/total/mean"] > trained[0]["rewards/total/mean"]
+    for row in trained:
+        assert row["sampler/logp_diff_abs"] <= 1e-5
+        assert 0.999 <= row["sampler/ratio_min"] <= row["sampler/ratio_max"] <= 1.001
