@@ -30,7 +30,7 @@ from posttrain.doctor import AT_THE_END, watched_symptoms
 from posttrain.rollouts import Judge, Judged, Rollout, rollout_metrics, sample, weigh
 from posttrain.samplers.base import Sampling
 from posttrain.samplers.choose import make_sampler
-from posttrain.trainers.grpo_setup import Prompts, make_evaluator, prepare, sampled_model
+from posttrain.trainers.grpo_setup import Prompts, make_evaluator, prepare, sampled_model, weights_section
 from posttrain.trainers.on_policy import require_one_process
 from posttrain.verbs.inspect_data import Counts, Row, Segment, open_iterator, rows_of
 from pretrain.data.iterators import RowIterator
@@ -185,10 +185,7 @@ def first_sampling(recipe: GRPORecipe, tokenizer: Tokenizer) -> Sampling:
 
 def first_policy(recipe: GRPORecipe, setup: ModelSetup) -> Params:
     """The weights that training starts from."""
-    section = recipe.model
-    if section.load_full_state_path is not None:
-        changed = {"load_parameters_path": section.load_full_state_path, "load_full_state_path": None}
-        section = section.model_copy(update=changed)
+    section = weights_section(recipe.model)
     placement, verify = Placement(setup.mesh, setup.rules), recipe.checkpoint.verify
     return role_params(section, sampled_model(setup), placement, verify=verify, seed=recipe.train.seed)
 

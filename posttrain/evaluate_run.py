@@ -17,14 +17,14 @@ from posttrain.evaluate import Report
 from posttrain.reward_file import hold_to_reward_file
 from posttrain.rollouts import Judge
 from posttrain.samplers.choose import make_sampler
-from posttrain.trainers.grpo_setup import make_evaluator
+from posttrain.trainers.grpo_setup import make_evaluator, weights_section
 from posttrain.trainers.on_policy import require_one_process
 from pretrain.runtime import runtime
 from pretrain.setup import check_lengths, mesh_rules
 from pretrain.start import role_params
 from recipes.load import LoadedRecipe
-from recipes.metrics import open_metrics
-from recipes.rundir import Run, create_run
+from recipes.metrics import ROW_FIELDS, open_metrics, read_metrics
+from recipes.rundir import Run, checkpoints_dir, create_run, metrics_path
 from recipes.schema import ProblemsRecipe
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,12 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
         The folder of the files, and the report.
 
     Raises:
-        ValueError: the recipe names no held-out problems, or does not fit its model.
+        ValueError: the recipe names no held-out problems or does not fit its model, or run.dir is of a training run.
         SamplerError: the engine failed, or does not hold the model.
     """
     recipe = loaded.recipe
     assert isinstance(recipe, ProblemsRecipe), recipe.kind
+    _require_own_folder(recipe)
     with runtime(recipe.train, recipe.mesh):
         require_one_process()
         tokenizer = load_tokenizer(recipe.tokenizer)
@@ -65,7 +66,8 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
             evaluator = make_evaluator(recipe, rows, tokenizer, judge)
             assert evaluator is not None
             verify, seed = recipe.checkpoint.verify, recipe.train.seed
-            params = role_params(recipe.model, model, Placement(mesh, rules), verify=verify, seed=seed)
+            named = weights_section(recipe.model)
+            params = role_params(named, model, Placement(mesh, rules), verify=verify, seed=seed)
             sampler = make_sampler(recipe.sampler, model, tokenizer, folder=attempt.dir / "sampler", max_length=longest)
             try:
                 sampler.sync(params, 0)
@@ -78,14 +80,31 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
             return folder, report
 
 
+def _require_own_folder(recipe: ProblemsRecipe) -> None:
+    """Raises ValueError where run.dir holds what training wrote, whose rows the evaluation's would replace."""
+    if recipe.run.dir is None:
+        return
+    folder = Path(recipe.run.dir).expanduser()
+    metrics = metrics_path(folder)
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    held = "checkpoints" if checkpoints_dir(folder).exists() else ""
+    if any(not name.startswith("evaluation/") for row in rows for name in row.keys() - set(ROW_FIELDS)):
+        held = held or "rows of training"
+    if held:
+        raise ValueError(
+            f"run.dir={folder}: holds {held}, and an evaluation has a folder of its own; name another run.dir, and set "
+            f"model.load_parameters_path={folder} to evaluate that run"
+        )
+
+
 def _log(recipe: ProblemsRecipe, attempt: Run, report: Report) -> None:
     """Writes the figures as a row of metrics at the checkpoint's step, so that reports show them; prints nothing."""
-    path = recipe.model.load_parameters_path
+    path = weights_section(recipe.model).load_parameters_path
     step = 0
     if path is not None:
         step = read_run_info(find_step_dir(Path(path).expanduser(), where="model.load_parameters_path")).step
     quiet = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"console": "none"})})
-    # An earlier evaluation in this folder is replaced.
+    # Without a checkpoint in the folder an earlier evaluation there is replaced.
     with open_metrics(attempt, quiet, restored_step=0, total_steps=max(step, 1)) as writer:
         writer.write(step, report.metrics())
 

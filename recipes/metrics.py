@@ -43,7 +43,7 @@ class MetricsWriter:
         Args:
             path: the run's metrics.jsonl.
             attempt: the number of this attempt, from 1.
-            restored_step: completed steps of the restored state, 0 from the beginning; later rows are dropped.
+            restored_step: completed steps of the restored state; later rows are dropped. -1 drops all.
             is_main: whether this process writes.
             views: what else shows each row.
             clock: gives each row's time, such as time.time.
@@ -111,6 +111,9 @@ class MetricsWriter:
 def open_metrics(run: Run, recipe: Recipe, *, restored_step: int, total_steps: int) -> MetricsWriter:
     """The writer of a run, with the views its recipe asks for.
 
+    An attempt that goes on from no checkpoint of the run starts anew: rows of earlier attempts are not its own, not
+    even one at its first step.
+
     Args:
         run: the attempt, as `create_run` gave it.
         recipe: its recipe.
@@ -121,7 +124,7 @@ def open_metrics(run: Run, recipe: Recipe, *, restored_step: int, total_steps: i
     return MetricsWriter(
         metrics_path(run.dir),
         attempt=run.attempt,
-        restored_step=restored_step,
+        restored_step=-1 if run.resume_step is None else restored_step,
         is_main=run.is_main,
         views=views,
         clock=time.time,

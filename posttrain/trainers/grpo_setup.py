@@ -15,7 +15,7 @@ from posttrain.evaluate import Evaluator
 from posttrain.rollouts import Judge
 from pretrain.setup import ModelSetup, SessionSetup, prepare_model
 from pretrain.start import role_params
-from recipes.schema import GRPORecipe, ProblemsRecipe
+from recipes.schema import GRPORecipe, ModelSection, ProblemsRecipe
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> Role | None:
     model, placement = FunctionalModel(setup.config, recipe.model), Placement(setup.mesh, setup.rules)
     verify, seed = recipe.checkpoint.verify, recipe.train.seed
     return freeze("reference", model, role_params(recipe.model, model, placement, verify=verify, seed=seed))
+
+
+def weights_section(section: ModelSection) -> ModelSection:
+    """A section that names the weights alone of the full state that `section` names; one without such is unchanged."""
+    if section.load_full_state_path is None:
+        return section
+    changed = {"load_parameters_path": section.load_full_state_path, "load_full_state_path": None}
+    return section.model_copy(update=changed)
 
 
 def sampled_model(setup: ModelSetup) -> FunctionalModel:

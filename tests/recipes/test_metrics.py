@@ -250,3 +250,20 @@ def test_open_metrics_writes_the_runs_own_file_with_its_attempt(tmp_path, monkey
             metrics.write(attempt, {"learning/loss": 2.0})
     assert [(row["step"], row["attempt"]) for row in read_metrics(tmp_path / "r" / "metrics.jsonl")] == [(2, 2)]
     assert capsys.readouterr().out.splitlines() == ["step 1/20  loss 2", "step 2/20  loss 2"]
+
+
+def test_an_attempt_without_a_checkpoint_keeps_no_row_and_one_that_goes_on_those_up_to_its_step(tmp_path):
+    from recipes.load import load_recipe
+    from recipes.rundir import create_run, manifest_path
+
+    recipe = load_recipe("pretrain_tiny", [f"run.dir={tmp_path}", "logging.console=none"]).recipe
+    rows = lambda: [(row["step"], row["attempt"]) for row in read_metrics(tmp_path / "metrics.jsonl")]  # noqa: E731
+    for found in ([(0, 1), (1, 1)], [(0, 2), (1, 2)]):
+        with create_run(recipe, ["x"]) as run, open_metrics(run, recipe, restored_step=0, total_steps=20) as metrics:
+            for step in (0, 1):
+                metrics.write(step, {"learning/loss": 2.0})
+        assert rows() == found
+    manifest_path(tmp_path, 0).parent.mkdir(parents=True)
+    manifest_path(tmp_path, 0).write_text("{}")
+    with create_run(recipe, ["x"]) as run, open_metrics(run, recipe, restored_step=0, total_steps=20):
+        assert rows() == [(0, 2)]
