@@ -24,10 +24,10 @@ from models.checkpoints.loader import Placement
 from models.functional import Params
 from models.sharding import activation_mesh
 from models.tokenizer import Tokenizer, load_tokenizer
-from posttrain.advantages import has_signal
 from posttrain.data.policy_rows import SampledSequence, pack
 from posttrain.doctor import AT_THE_END, watched_symptoms
-from posttrain.rollouts import Judge, Judged, Rollout, rollout_metrics, sample, weigh
+from posttrain.rollout_log import rollout_metrics
+from posttrain.rollouts import Judge, Judged, Rollout, sample, weigh
 from posttrain.samplers.base import Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import Prompts, make_evaluator, prepare, sampled_model, weights_section
@@ -37,7 +37,7 @@ from pretrain.data.iterators import RowIterator
 from pretrain.runtime import runtime
 from pretrain.setup import ModelSetup
 from pretrain.start import role_params
-from recipes.schema import DistillRecipe, DPORecipe, GRPORecipe, PretrainRecipe, Recipe, SFTRecipe
+from recipes.schema import DistillRecipe, DPORecipe, GRPORecipe, PretrainRecipe, Recipe, RLSection, SFTRecipe
 from rewards.base import RewardInfo
 from rewards.combination import total_range
 
@@ -131,7 +131,7 @@ def findings(
 ) -> PolicyFindings:
     """What a step's scored completions say of the run."""
     advantages, sequences = weigh(judged, recipe.rl)
-    rollout = Rollout(judged, advantages, sequences, 0.0, 0.0, 0)
+    rollout = Rollout(judged, advantages, sequences, 0.0, 0.0, None)
     metrics = rollout_metrics(rollout, recipe.rl)
     # Without a kept completion there is no mean for the doctor to look at, and the step would be refused.
     kept = bool(judged.combined.kept.any())
@@ -251,10 +251,10 @@ class Groups:
     at_ceiling: int
 
 
-def group_counts(judged: Judged, infos: Sequence[RewardInfo]) -> Groups:
+def group_counts(judged: Judged, infos: Sequence[RewardInfo], rl: RLSection) -> Groups:
     """Counts groups whose rewards do not differ, and where they stand."""
-    totals, kept = judged.totals(), judged.kept()
-    flat = ~has_signal(totals, kept=kept)
+    totals, kept = judged.totals(), judged.kept(rl)
+    flat = ~judged.signal(rl)
     lowest, highest = total_range(infos)
     slack = AT_THE_END * (highest - lowest if math.isfinite(highest - lowest) else 1.0)
 

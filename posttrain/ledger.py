@@ -43,7 +43,7 @@ SCHEMA = pa.schema(
         ("weight_version", pa.int32()),
     ]
 )
-"""One row a completion, in the order in which they were sampled."""
+"""One row a completion: first those of the groups that the step takes, then those of groups that others replaced."""
 
 
 TABLE_COLUMNS = (

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,11 @@ class RewardStop(RewardFailure, ValueError):
 
 
 class NoSignal(ValueError):
-    """Resampling came to its bound with groups that teach nothing."""
+    """Resampling came to its bound with groups that teach nothing, and these are all that were sampled."""
+
+    def __init__(self, message: str, judged: "Judged") -> None:
+        super().__init__(message)
+        self.judged = judged
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,21 @@ class Judged:
         """Total rewards, float64 [P, G]."""
         return self.combined.totals.reshape(len(self.problems), -1)
 
-    def kept(self) -> np.ndarray:
-        """Which completions may be learnt from, bool [P, G]."""
-        return self.combined.kept.reshape(len(self.problems), -1)
+    def kept(self, rl: RLSection) -> np.ndarray:
+        """Which completions may be learnt from, bool [P, G]: by the rule for failures, and by rl.mask_truncated."""
+        kept = self.combined.kept.reshape(len(self.problems), -1)
+        if not rl.mask_truncated:
+            return kept
+        return kept & np.array([one.finish_reason == "stop" for one in self.completions]).reshape(kept.shape)
+
+    def signal(self, rl: RLSection) -> np.ndarray:
+        """Which groups teach anything, bool [P]."""
+        return has_signal(self.totals(), kept=self.kept(rl))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """All that a step learns from."""
+    """All that a step learns from, and what was sampled for it beside."""
 
     judged: Judged
     advantages: np.ndarray
@@ -85,8 +95,17 @@ class Rollout:
     """[P * G]."""
     sample_seconds: float
     reward_seconds: float
-    resampled: int
-    """Groups that were replaced because their rewards did not differ."""
+    replaced: Judged | None
+    """The groups that others took the place of, because their rewards did not differ; None where there are none."""
+
+    @property
+    def resampled(self) -> int:
+        """How many groups were replaced."""
+        return len(self.replaced.problems) if self.replaced is not None else 0
+
+    def sampled(self) -> Judged:
+        """Every completion of the step: those that it takes, then those that were replaced."""
+        return self.judged if self.replaced is None else merge([self.judged, self.replaced])
 
 
 def sample(sampler: Sampler, problems: Sequence[PromptRow], sampling: Sampling) -> list[Completion]:
@@ -152,10 +171,7 @@ class Judge:
 
 def weigh(judged: Judged, rl: RLSection) -> tuple[np.ndarray, list[SampledSequence]]:
     """Advantages [P, G], and each completion as a sequence of the update."""
-    kept = judged.kept()
-    if rl.mask_truncated:
-        finished = np.array([one.finish_reason == "stop" for one in judged.completions]).reshape(kept.shape)
-        kept = kept & finished
+    kept = judged.kept(rl)
     estimator = rl.advantage or ALGORITHMS[rl.loss_algo].advantage
     advantages = group_advantages(judged.totals(), estimator=estimator, kept=kept)
     group = judged.num_generations
@@ -188,10 +204,11 @@ def collect(
 
     Raises:
         NoSignal: some groups had still no difference in reward after the last round; why is counted.
+        RewardStop: of `judge_all`, with the completions of earlier rounds added.
     """
     sample_seconds = reward_seconds = 0.0
-    resampled = 0
-    kept: list[Judged] = []
+    taken: list[Judged] = []
+    replaced: list[Judged] = []
     flat: Counter[str] = Counter()
     seen: set[int] = set()
     wanted = rl.prompts_per_step
@@ -201,31 +218,37 @@ def collect(
         start = time.perf_counter()
         completions = complete(problems)
         sampled = time.perf_counter()
-        judged = judge_all(problems, completions)
+        try:
+            judged = judge_all(problems, completions)
+        except RewardStop as stop:
+            stop.judged = merge([*taken, *replaced, stop.judged])
+            raise
         sample_seconds += sampled - start
         reward_seconds += time.perf_counter() - sampled
-        keeps = has_signal(judged.totals(), kept=judged.kept()) | (rl.max_resamples == 0)
-        kept.append(judged if keeps.all() else _only(judged, keeps))
-        wanted -= int(keeps.sum())
-        if wanted == 0:
+        keeps = judged.signal(rl) | (rl.max_resamples == 0)
+        taken.append(_only(judged, keeps))
+        if keeps.all():
             break
-        flat.update(_why_flat(judged, group) for group in np.flatnonzero(~keeps))
+        replaced.append(_only(judged, ~keeps))
+        wanted -= int(keeps.sum())
+        flat.update(_why_flat(judged, group, rl) for group in np.flatnonzero(~keeps))
         if round_number == rl.max_resamples:
-            raise NoSignal(_no_signal(wanted, flat, rl))
-        resampled += wanted
-    merged = _merge([one for one in kept if one.problems])
+            raise NoSignal(_no_signal(wanted, flat, rl), merge([*taken, *replaced]))
+    merged = merge(taken)
     advantages, sequences = weigh(merged, rl)
-    return Rollout(merged, advantages, sequences, sample_seconds, reward_seconds, resampled)
+    return Rollout(merged, advantages, sequences, sample_seconds, reward_seconds, merge(replaced) if replaced else None)
 
 
-def _why_flat(judged: Judged, group: int) -> str:
+def _why_flat(judged: Judged, group: int, rl: RLSection) -> str:
     """Why a group has no difference in reward, in words."""
     own = slice(group * judged.num_generations, (group + 1) * judged.num_generations)
     if any(outcome.failure for outcomes in judged.outcomes[own] for outcome in outcomes):
         return "a reward failed"
     if all(one.finish_reason == "length" for one in judged.completions[own]):
         return "all truncated"
-    return f"all rewarded {judged.totals()[group][0]:g}"
+    kept = judged.kept(rl)[group]
+    points = judged.totals()[group][kept][0]
+    return f"all rewarded {points:g}" if kept.all() else f"all that ended rewarded {points:g}"
 
 
 def _no_signal(wanted: int, flat: "Counter[str]", rl: RLSection) -> str:
@@ -237,35 +260,32 @@ def _no_signal(wanted: int, flat: "Counter[str]", rl: RLSection) -> str:
     )
 
 
-def _only(judged: Judged, keeps: np.ndarray) -> Judged:
-    """The groups that are kept."""
-    group = judged.num_generations
-    flat = np.repeat(keeps, group)
+def _only(judged: Judged, chosen: np.ndarray) -> Judged:
+    """The chosen groups, of bool [P]."""
+    flat = np.repeat(chosen, judged.num_generations)
     combined = judged.combined
 
-    def chosen(values: list) -> list:
-        return [value for value, keep in zip(values, flat, strict=True) if keep]
+    def of(values: list, which: np.ndarray) -> list:
+        return [value for value, keep in zip(values, which, strict=True) if keep]
 
+    outcomes = of(judged.outcomes, flat)
+    failures = Counter((one.reward, one.failure) for several in outcomes for one in several if one.failure is not None)
     parts = {name: values[flat] for name, values in combined.parts.items()}
     return Judged(
-        [problem for problem, keep in zip(judged.problems, keeps, strict=True) if keep],
-        chosen(judged.completions),
-        chosen(judged.texts),
-        chosen(judged.outcomes),
-        Combined(combined.totals[flat], combined.kept[flat], parts, combined.failures),
+        of(judged.problems, chosen),
+        of(judged.completions, flat),
+        of(judged.texts, flat),
+        outcomes,
+        Combined(combined.totals[flat], combined.kept[flat], parts, dict(failures)),
     )
 
 
-def _merge(several: list[Judged]) -> Judged:
-    """Several rounds as one."""
-    if len(several) == 1:
-        return several[0]
+def merge(several: list[Judged]) -> Judged:
+    """Several rounds, or parts of rounds, as one."""
     combined = [one.combined for one in several]
-    failures: dict = {}
+    failures: Counter = Counter()
     for one in combined:
-        for key, count in one.failures.items():
-            failures[key] = failures.get(key, 0) + count
-    names = combined[0].parts
+        failures.update(one.failures)
     return Judged(
         [problem for one in several for problem in one.problems],
         [completion for one in several for completion in one.completions],
@@ -274,89 +294,7 @@ def _merge(several: list[Judged]) -> Judged:
         Combined(
             np.concatenate([one.totals for one in combined]),
             np.concatenate([one.kept for one in combined]),
-            {name: np.concatenate([one.parts[name] for one in combined]) for name in names},
-            failures,
+            {name: np.concatenate([one.parts[name] for one in combined]) for name in combined[0].parts},
+            dict(failures),
         ),
     )
-
-
-def rollout_metrics(rollout: Rollout, rl: RLSection) -> dict[str, float]:
-    """A step's rewards and lengths under the names of the log."""
-    judged = rollout.judged
-    lengths = np.array([len(one.token_ids) for one in judged.completions])
-    totals, kept = judged.totals(), judged.kept()
-    best, worst = np.where(kept, totals, -np.inf).max(1), np.where(kept, totals, np.inf).min(1)
-    flat = totals[kept]
-    return {
-        **judged.combined.metrics(),
-        "rewards/total/std": float(flat.std()) if flat.size else 0.0,
-        "rewards/total/min": float(flat.min()) if flat.size else 0.0,
-        "rewards/total/max": float(flat.max()) if flat.size else 0.0,
-        "groups/without_signal": float((best <= worst).mean()),
-        "groups/resampled": float(rollout.resampled),
-        "completions/tokens": float(lengths.sum()),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/max_length": float(lengths.max()),
-        "completions/min_length": float(lengths.min()),
-        "completions/truncated": float(np.mean([one.finish_reason == "length" for one in judged.completions])),
-    }
-
-
-def mismatch_metrics(rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> dict[str, float]:
-    """The worst of a step's tokens, sampler against trainer; the means are the loss's metrics.
-
-    Args:
-        rollout: the completions with the sampler's log-probabilities.
-        trainer_logps: as for `ledger_rows`.
-    """
-    pairs = zip(trainer_logps, rollout.judged.completions, strict=True)
-    differences = np.concatenate([logps - one.logprobs for logps, one in pairs if logps is not None]).astype(np.float64)
-    return {
-        "sampler/logp_diff_max": float(np.abs(differences).max()),
-        "sampler/ratio_min": float(np.exp(differences.min())),
-        "sampler/ratio_max": float(np.exp(differences.max())),
-    }
-
-
-def unlearnt(judged: Judged) -> Rollout:
-    """Completions of which nothing is learnt, for the ledger of a step that was not made."""
-    none = np.zeros((len(judged.problems), judged.num_generations))
-    return Rollout(judged, none, [], 0.0, 0.0, 0)
-
-
-def ledger_rows(step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray | None]) -> list[dict[str, Any]]:
-    """A step's completions as `posttrain.ledger` keeps them.
-
-    Args:
-        step: completed steps, the update made of these completions included.
-        rollout: the completions with rewards and advantages.
-        trainer_logps: the trainer's log-probabilities before the update, float32 [n] each; None for those left out.
-    """
-    judged, group = rollout.judged, rollout.judged.num_generations
-    rows = []
-    for number, one in enumerate(judged.completions):
-        problem, outcomes, logps = judged.problems[number // group], judged.outcomes[number], trainer_logps[number]
-        rows.append(
-            {
-                "step": step,
-                "prompt_id": one.prompt_id,
-                "sample_index": one.sample_index,
-                "prompt": problem.text,
-                "completion": judged.texts[number],
-                "answer": problem.answer,
-                "prompt_ids": problem.token_ids,
-                "completion_ids": one.token_ids,
-                "sampler_logps": one.logprobs,
-                "trainer_logps": logps,
-                "reward_parts": [(outcome.reward, outcome.value) for outcome in outcomes],
-                "reward_failures": [
-                    (outcome.reward, f"{outcome.failure}: {outcome.detail}") for outcome in outcomes if outcome.failure
-                ],
-                "reward": float(judged.combined.totals[number]),
-                "advantage": float(rollout.advantages.flat[number]),
-                "counted": logps is not None,
-                "finish_reason": one.finish_reason,
-                "weight_version": one.weight_version,
-            }
-        )
-    return rows

@@ -30,17 +30,8 @@ from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
 from posttrain.doctor import Doctor
 from posttrain.ledger import TABLE_COLUMNS, drop_after, table, write_step
 from posttrain.reward_file import hold_to_reward_file
-from posttrain.rollouts import (
-    Judge,
-    RewardStop,
-    Rollout,
-    collect,
-    ledger_rows,
-    mismatch_metrics,
-    rollout_metrics,
-    sample,
-    unlearnt,
-)
+from posttrain.rollout_log import ledger_rows, mismatch_metrics, rollout_metrics, unlearnt
+from posttrain.rollouts import Judge, Judged, NoSignal, RewardStop, Rollout, collect, sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import (
@@ -131,7 +122,7 @@ class GRPO:
         self.doctor = Doctor(recipe.doctor, lowest=lowest, highest=highest)
         self.seconds: dict[str, float] = {}
         self.host_metrics: dict[int, dict[str, float]] = {}
-        self.step_start = 0.0
+        self.step_start = self.sync_seconds = 0.0
 
     def run(self) -> Result:
         """Trains to the last step."""
@@ -145,7 +136,7 @@ class GRPO:
             items=lambda state: state_items(state, self.recipe.model.framework),
             data_state=lambda: gather_data_state(self.setup.train_iterator.get_state()),
             host_metrics=self.host_metrics.pop,
-            tokens=lambda row: row["completions/tokens"],
+            tokens=lambda row: row["completions/trained_tokens"],
             before_save=self.bundle.require_frozen,
         )
         return run_session(self.recipe, self.setup, work, self.attempt, loop=self._loop)
@@ -163,7 +154,7 @@ class GRPO:
 
     def _train(self) -> None:
         """Lets Tunix's learner make the steps; it cannot be asked for none."""
-        self.step_start = time.perf_counter()
+        self._start_clock()
         learner = make_learner(
             self.recipe,
             mesh=self.setup.mesh,
@@ -200,7 +191,7 @@ class GRPO:
             return
         start = time.perf_counter()
         self.sampler.sync(sampled_params(self.setup, self.session.state.params), done)
-        self.seconds["sync"] = time.perf_counter() - start
+        self.seconds["sync"] = self.sync_seconds = time.perf_counter() - start
 
     def collect(self) -> Rollout:
         """The rollout of the next step: sampled, judged, weighed."""
@@ -220,9 +211,8 @@ class GRPO:
                 lambda problems, completions: self.judge(problems, completions, self.tokenizer),
                 rl,
             )
-        except RewardStop as stop:
-            # The ledger names what went wrong; a resumed run drops the file, as the step was not made.
-            self._record(self.session.done + 1, unlearnt(stop.judged), [None] * len(stop.judged.completions))
+        except (RewardStop, NoSignal) as stop:
+            self._record_unlearnt(stop.judged)
             raise
         self.seconds |= {"rollout": rollout.sample_seconds, "reward": rollout.reward_seconds}
         return rollout
@@ -245,6 +235,8 @@ class GRPO:
             self.seconds["old_policy"] = time.perf_counter() - start
         row = self.host_metrics[self.session.done + 1] = rollout_metrics(rollout, self.recipe.rl)
         metrics = self.session.step(batch)
+        # What is due after a step, such as an evaluation with its sync or a save, is no part of the next one.
+        self._start_clock()
         # Nothing is gained by a report that is a step late, as the step was waited for.
         self.session.flush()
         self.doctor.examine(self.session.done, {**row, "sampler/mismatch_kl": float(metrics["sampler/mismatch_kl"])})
@@ -252,6 +244,7 @@ class GRPO:
 
     def _pack(self, rollout: Rollout) -> Packing:
         if not any(one.counts for one in rollout.sequences):
+            self._record_unlearnt(rollout.sampled())
             raise ValueError(
                 f"step {self.session.done + 1}: none of {len(rollout.sequences)} completions may be learnt from: their "
                 "rewards failed or they were truncated; see rewards.on_failure and rl.mask_truncated"
@@ -274,12 +267,10 @@ class GRPO:
         jax.block_until_ready(metrics)
         now = time.perf_counter()
         spent = {**self.seconds, "update": now - start}
-        total, self.step_start, self.seconds = now - self.step_start, now, {}
         row = self.host_metrics[self.session.done]
         row |= {f"perf/{name}_seconds": seconds for name, seconds in spent.items()}
-        row["perf/other_seconds"] = total - sum(spent.values())
-        if "sync" in spent:
-            row["sampler/sync_seconds"] = spent["sync"]
+        row["perf/other_seconds"] = now - self.step_start - sum(spent.values())
+        row["sampler/sync_seconds"] = self.sync_seconds
         row["sampler/tokens_per_second"] = row["completions/tokens"] / spent["rollout"]
         row["policy/rows"] = float(batch.inputs.shape[0])
         row["policy/fill"] = float((self.packing.batch.segment_ids != 0).mean())
@@ -288,6 +279,13 @@ class GRPO:
         row |= mismatch_metrics(self.rollout, logps)
         self._record(self.session.done, self.rollout, logps)
         return state, metrics
+
+    def _start_clock(self) -> None:
+        self.step_start, self.seconds = time.perf_counter(), {}
+
+    def _record_unlearnt(self, judged: Judged) -> None:
+        """So that the ledger names what went wrong; a resumed run drops the file, as the step was not made."""
+        self._record(self.session.done + 1, unlearnt(judged), [None] * len(judged.completions))
 
     def _record(self, done: int, rollout: Rollout, logps: Sequence[np.ndarray | None]) -> None:
         """Writes a step's completions, and shows some of them where they are due."""

@@ -18,6 +18,7 @@ import typer
 
 from posttrain.reward_file import RewardFileOption, checked_reward_file
 from posttrain.verbs.inspect_data import CLOSING, GIVEN, OPENING, TRAINED, Segment
+from recipes.schema import RLSection
 
 if TYPE_CHECKING:
     from posttrain.check import PolicyFindings, RowFindings, Spread
@@ -145,7 +146,7 @@ def _print_policy(loaded: Any, found: PolicyFindings, samples: int, mark: Mark) 
     if found.random_weights:
         print(wrapped("note: the recipe names no weights (model.load_parameters_path), so these are random ones"))
     print()
-    _print_rewards(found)
+    _print_rewards(found, rl)
     row = found.metrics
     print(
         wrapped(
@@ -169,7 +170,7 @@ def _print_policy(loaded: Any, found: PolicyFindings, samples: int, mark: Mark) 
         print(wrapped(f"verdict: there is something to learn from, in {signal} of {total} groups{but}"))
 
 
-def _print_rewards(found: PolicyFindings) -> None:
+def _print_rewards(found: PolicyFindings, rl: RLSection) -> None:
     from posttrain.check import group_counts, spreads
 
     judged = found.rollout.judged
@@ -178,7 +179,7 @@ def _print_rewards(found: PolicyFindings) -> None:
     print(f"{'reward':<{width}}{'mean':>8}{'std':>8}{'min':>8}{'max':>8}{'floor':>8}{'ceiling':>9}{'failed':>8}")
     for row in rows:
         print(f"{row.name:<{width}}{_cells(row)}")
-    groups = group_counts(judged, found.infos)
+    groups = group_counts(judged, found.infos, rl)
     print()
     print(
         wrapped(

@@ -1,5 +1,6 @@
 """What a recipe would learn from, before it trains: the first step's own prompts, completions, rewards and mask."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from posttrain.check import (
 from posttrain.data.policy_rows import SampledSequence
 from posttrain.ledger import read_step
 from posttrain.verbs.inspect_data import Counts
-from recipes.schema import GRPORecipe
+from recipes.schema import GRPORecipe, RLSection
 from rewards.base import RewardInfo
 from tests.posttrain.rollout_parts import INFO, completion, judge, problem
 from tests.posttrain.trainers.runs import load, train
@@ -59,7 +60,12 @@ FLAT, TRUNCATED = "no group has any difference in reward", "every completion is 
         ([None, 1.0, 3.0, 4.0], [], "stop", []),
         ([None, 1.0, 3.0, None], [], "stop", ["no completion may be learnt from"]),
         ([None, 1.0, 3.0, 4.0], ["rewards.on_failure=stop"], "stop", ["1 rewards failed, and rewards.on_failure=stop"]),
-        ([1.0, 2.0, 3.0, 3.0], ["rl.mask_truncated=true"], "length", [TRUNCATED, "no completion may be learnt from"]),
+        (
+            [1.0, 2.0, 3.0, 3.0],
+            ["rl.mask_truncated=true"],
+            "length",
+            [TRUNCATED, FLAT, "no completion may be learnt from"],
+        ),
     ],
 )
 def test_what_cannot_learn_is_named(
@@ -86,10 +92,20 @@ def test_the_spread_of_rewards_by_part_and_of_the_total(tmp_path: Path) -> None:
 
 
 def test_groups_without_difference_are_counted_by_where_they_stand(tmp_path: Path) -> None:
-    low_and_mid = group_counts(found([-5.0, -5.0, 3.0, 3.0], tmp_path=tmp_path).rollout.judged, (INFO,))
+    rl = RLSection()
+    low_and_mid = group_counts(found([-5.0, -5.0, 3.0, 3.0], tmp_path=tmp_path).rollout.judged, (INFO,), rl)
     assert (low_and_mid.total, low_and_mid.without_signal, low_and_mid.at_floor, low_and_mid.at_ceiling) == (2, 2, 1, 0)
-    high_and_spread = group_counts(found([5.0, 5.0, -5.0, 3.0], tmp_path=tmp_path).rollout.judged, (INFO,))
+    high_and_spread = group_counts(found([5.0, 5.0, -5.0, 3.0], tmp_path=tmp_path).rollout.judged, (INFO,), rl)
     assert (high_and_spread.without_signal, high_and_spread.at_floor, high_and_spread.at_ceiling) == (1, 0, 1)
+
+
+def test_completions_that_the_mask_leaves_out_make_no_difference_in_reward(tmp_path: Path) -> None:
+    """The second group's completions that ended are both worth 5; the truncated one's 1 is not learnt from."""
+    ended = [completion(number, index) for number in range(2) for index in range(3)]
+    ended[5] = replace(ended[5], finish_reason="length")
+    judged = judge([problem(0), problem(1)], ended, [1.0, 2.0, 3.0, 5.0, 5.0, 1.0])
+    masked, whole = (group_counts(judged, (INFO,), RLSection(mask_truncated=mask)) for mask in (True, False))
+    assert (masked.without_signal, masked.at_ceiling) == (1, 1) and (whole.without_signal, whole.at_ceiling) == (0, 0)
 
 
 def test_the_mask_is_that_of_the_update() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from posttrain.ledger import completions_dir, completions_path, drop_after, read_step, recorded_steps, write_step
-from posttrain.rollouts import Rollout, ledger_rows, weigh
+from posttrain.rollout_log import ledger_rows
+from posttrain.rollouts import Rollout, weigh
 from recipes.schema import RLSection
 from tests.posttrain.rollout_parts import completion, judge, problem
 
@@ -27,7 +28,7 @@ def rollout(version: int = 0, *, length: int = 3) -> Rollout:
     ]
     judged = judge([problem(7), problem(3)], completions, [1, 3, None, 4])
     advantages, sequences = weigh(judged, RLSection(advantage="dr_grpo", num_generations=2))
-    return Rollout(judged, advantages, sequences, 0.0, 0.0, 0)
+    return Rollout(judged, advantages, sequences, 0.0, 0.0, None)
 
 
 def logps(made: Rollout) -> list[np.ndarray | None]:

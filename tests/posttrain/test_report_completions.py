@@ -24,7 +24,8 @@ from posttrain.report_completions import (
     shaded_html,
 )
 from posttrain.report_runs import RunRecord
-from posttrain.rollouts import Judged, Rollout, ledger_rows
+from posttrain.rollout_log import ledger_rows
+from posttrain.rollouts import Judged, Rollout
 from posttrain.samplers.base import Completion
 from recipes.schema import TokenizerSection
 from rewards.base import Outcome
@@ -55,7 +56,7 @@ def make_rollout(texts=TEXTS, rewards=(1.0, 0.0, 0.0, 1.0), advantages=(1.0, -1.
         [problem], done, list(texts), outcomes, Combined(total, np.ones(len(texts), bool), {"exact": total}, {})
     )
     sequences = [SampledSequence([50, 43, 50], one, logps[i], advantages[i], True) for i, one in enumerate(ids)]
-    return Rollout(judged, np.array([advantages]), sequences, 0.1, 0.1, 0)
+    return Rollout(judged, np.array([advantages]), sequences, 0.1, 0.1, None)
 
 
 def record(folder, tokenizer="bytes"):

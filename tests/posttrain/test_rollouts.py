@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from posttrain.data.prompts import PromptRow
-from posttrain.rollouts import Judged, NoSignal, Rollout, collect, rollout_metrics, sample, weigh
+from posttrain.rollout_log import ledger_rows, rollout_metrics, unlearnt
+from posttrain.rollouts import Judged, NoSignal, RewardStop, Rollout, collect, sample, weigh
 from posttrain.samplers.base import Completion, SamplerError, Sampling
 from recipes.schema import RLSection
 from tests.posttrain.rollout_parts import FakeSampler, completion, judge, problem
@@ -164,6 +165,92 @@ def test_the_error_tells_failures_and_truncation_from_equal_rewards() -> None:
         assert cause in str(raised.value)
 
 
+def test_replaced_groups_are_kept_as_evidence_of_what_failed_and_what_was_sampled() -> None:
+    """Of the first four groups 1 fails and 2 is flat; 4 and 5 take their places. Completions have 3 tokens each."""
+
+    def judge_all(problems: list[PromptRow], completions: list[Completion]) -> Judged:
+        points: dict[int, list[float | None]] = {1: [None, 1.0], 2: [5.0, 5.0]}
+        return judge(problems, completions, [value for one in problems for value in points.get(one.prompt_id, [0, 1])])
+
+    rl = RLSection(prompts_per_step=4, num_generations=2, max_resamples=1)
+    rollout = collect(Stream(), lambda problems: right(problems, SAMPLING), judge_all, rl)
+    assert prompts_of(rollout) == [0, 3, 4, 5] and rollout.replaced is not None
+    assert [one.prompt_id for one in rollout.replaced.problems] == [1, 2]
+    assert rollout.judged.combined.failures == {}
+    assert rollout.replaced.combined.failures == {("points", "exception"): 1}
+    metrics = rollout_metrics(rollout, rl)
+    assert metrics["rewards/points/failures"] == 1.0 and metrics["rewards/dropped"] == 2.0
+    assert metrics["completions/tokens"] == 6 * 2 * 3 and metrics["completions/trained_tokens"] == 4 * 2 * 3
+    # What is trained alone: the replaced 5s move no mean.
+    assert metrics["rewards/total/mean"] == metrics["rewards/points/mean"] == 0.5
+    assert metrics["groups/without_signal"] == 0.0 and metrics["groups/resampled"] == 2.0
+    rows = ledger_rows(3, rollout, [one.sampler_logps for one in rollout.sequences])
+    assert [one["prompt_id"] for one in rows] == [0, 0, 3, 3, 4, 4, 5, 5, 1, 1, 2, 2]
+    assert [one["counted"] for one in rows] == [True] * 8 + [False] * 4
+    assert [one["reward_failures"] for one in rows[8:]] == [[("points", "exception: boom")], [], [], []]
+    assert all(one["advantage"] == 0.0 and one["trainer_logps"] is None for one in rows[8:])
+
+
+def truncated_but_one(problems: list[PromptRow], limited: set[int]) -> list[Completion]:
+    """Three of each prompt; of the limited ones the last two were cut off."""
+    return [
+        completion(one.prompt_id, index, finish="length" if one.prompt_id in limited and index else "stop")
+        for one in problems
+        for index in range(3)
+    ]
+
+
+def test_a_group_that_differs_in_what_is_masked_alone_teaches_nothing_and_is_replaced() -> None:
+    """Rewards 0, 1, 2 of each prompt: with the mask prompt 1 keeps its 0 alone, and its advantages would be 0."""
+
+    def judge_all(problems: list[PromptRow], completions: list[Completion]) -> Judged:
+        return judge(problems, completions, [float(one.sample_index) for one in completions])
+
+    def gathered(**settings: Any) -> tuple[Rollout, dict[str, float]]:
+        rl = RLSection(prompts_per_step=2, num_generations=3, **settings)
+        rollout = collect(Stream(), lambda problems: truncated_but_one(problems, {1}), judge_all, rl)
+        return rollout, rollout_metrics(rollout, rl)
+
+    rollout, metrics = gathered(mask_truncated=True)
+    assert not rollout.advantages[1].any() and metrics["groups/without_signal"] == 0.5
+    # One completion of prompt 1 is left, of 3 tokens.
+    assert metrics["completions/trained_tokens"] == 4 * 3
+    rollout, metrics = gathered(mask_truncated=True, max_resamples=1)
+    assert [one.prompt_id for one in rollout.judged.problems] == [0, 2] and rollout.resampled == 1
+    assert rollout.advantages.any(1).all() and metrics["groups/without_signal"] == 0.0
+    rollout, metrics = gathered(max_resamples=1)
+    assert rollout.resampled == 0 and metrics["groups/without_signal"] == 0.0
+
+
+def test_the_error_tells_rewards_that_the_mask_leaves_equal() -> None:
+    rl = RLSection(prompts_per_step=1, num_generations=3, max_resamples=1, mask_truncated=True)
+    with pytest.raises(NoSignal, match=r"\(2 groups all that ended rewarded 4\)"):
+        collect(
+            Stream(),
+            lambda problems: truncated_but_one(problems, {0, 1}),
+            lambda problems, completions: judge(problems, completions, [4.0, 1.0, 2.0]),
+            rl,
+        )
+
+
+def test_what_ends_a_step_early_has_the_completions_of_every_round() -> None:
+    with pytest.raises(NoSignal) as raised:
+        gather(Stream(), range(1, 100), max_resamples=1)
+    rows = ledger_rows(1, unlearnt(raised.value.judged), [None] * 14)
+    assert sorted({one["prompt_id"] for one in rows}) == list(range(7)) and not any(one["counted"] for one in rows)
+
+    def judge_all(problems: list[PromptRow], completions: list[Completion]) -> Judged:
+        judged = judge(problems, completions, [0.0] * len(completions))
+        if problems[0].prompt_id == 2:
+            raise RewardStop("reward points", judged)
+        return judged
+
+    rl = RLSection(prompts_per_step=2, num_generations=2, max_resamples=1)
+    with pytest.raises(RewardStop) as stopped:
+        collect(Stream(), lambda problems: right(problems, SAMPLING), judge_all, rl)
+    assert [one.prompt_id for one in stopped.value.judged.problems] == [0, 1, 2, 3]
+
+
 # --- the log ---
 
 
@@ -177,7 +264,7 @@ def test_metrics_by_hand() -> None:
     ]
     judged = judge(problems, completions, [1, 3, 2, 2, None, 4])
     advantages, sequences = weigh(judged, RLSection())
-    found = rollout_metrics(Rollout(judged, advantages, sequences, 0.0, 0.0, 0), RLSection())
+    found = rollout_metrics(Rollout(judged, advantages, sequences, 0.0, 0.0, None), RLSection())
     expected = {
         # The third group failed and is left out of the rewards, but not of the lengths.
         "rewards/total/mean": 2.0,
@@ -190,6 +277,8 @@ def test_metrics_by_hand() -> None:
         "groups/without_signal": 2 / 3,
         "groups/resampled": 0.0,
         "completions/tokens": 18.0,
+        # Of lengths 1, 5, 2, 4: those of the third group are not learnt from.
+        "completions/trained_tokens": 12.0,
         "completions/mean_length": 3.0,
         "completions/max_length": 5.0,
         "completions/min_length": 1.0,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def straight(folder: Path) -> dict[str, Any]:
 
     def watched(self: TrainingSession, *, blocking: bool) -> None:
         seen.append(recorded_steps(self.run_dir))
+        # A save that takes long: no step's time.
+        time.sleep(0.3)
         save(self, blocking=blocking)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -149,6 +152,19 @@ def test_the_schedule_counts_steps_however_many_updates_each_makes(straight: dic
 def test_a_step_that_is_saved_has_its_completions_on_disk(straight: dict[str, Any]) -> None:
     """A kill right after the save must not leave a step whose completions are never written."""
     assert straight["recorded at saves"] == [[1, 2], [1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_parts_of_a_steps_time_are_the_step_without_the_save_before_it(straight: dict[str, Any], case: str) -> None:
+    """Steps 2 and 4 are saved, for 0.3 s at least; the parts are measured beside the whole, within 0.1 s."""
+    seen = 0
+    for row in read_metrics(metrics_path(straight[case].run_dir)):
+        if "perf/step_seconds" in row:
+            parts = sum(row[name] for name in row if name.endswith("_seconds") and name.startswith("perf/"))
+            assert parts - row["perf/step_seconds"] == pytest.approx(row["perf/step_seconds"], abs=0.1)
+            assert row["perf/other_seconds"] >= 0 and row["sampler/sync_seconds"] > 0
+            seen += row["step"] == 3
+    assert seen == 1
 
 
 def test_a_step_that_is_not_finite_stops_the_run_at_once_and_keeps_its_batch(folder: Path) -> None:
