@@ -2,7 +2,7 @@
 
     for each stage:  done already?  skip it
                      else           run it in <run>/<stage>, resuming what an interrupted attempt left
-                     write down     that it is done, and from which stages it was made
+                     write down     before, from which stages and files it is made; and then that it is done
 
 Every stage was read and checked before the first one runs (`recipes.stages`), and so was the folder
 (`posttrain.pipeline_state`).
@@ -20,7 +20,7 @@ from typing import Any
 
 from posttrain import evaluate_run, export_run
 from posttrain.data.story_files import write_stories
-from posttrain.pipeline_state import DoneStage, check_stages, write_done
+from posttrain.pipeline_state import DoneStage, begin_stage, check_stages, write_done
 from posttrain.report import Written, write_report
 from posttrain.report_runs import MAX_RUNS
 from posttrain.reward_file import file_hash, hold_to_reward_file
@@ -87,7 +87,8 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None) 
         check_stages(loaded.stages, spelled_folder(Path(recipe.run.dir)), reward_hash=reward_hash)
     with create_run(recipe, argv, True) as attempt:
         run_dir = spelled_folder(attempt.dir)
-        hold_to_reward_file(attempt, reward_file)
+        # Its own folder holds no checkpoint, so this only notes the file; each stage holds to it.
+        hold_to_reward_file(attempt, reward_file, changed="refuse")
         done = check_stages(loaded.stages, run_dir, reward_hash=reward_hash)
         for number, stage in enumerate(loaded.stages, start=1):
             kind = stage.loaded.recipe.kind
@@ -97,6 +98,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None) 
                 logger.info("== %s: done already", title)
                 continue
             logger.info("== %s", title)
+            begin_stage(run_dir, stage, reward_hash=reward_hash)
             start = time.perf_counter()
             try:
                 result = RUNNERS[kind](place_stage(stage, run_dir), argv, reward_file)
@@ -106,7 +108,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None) 
                     f"stage {stage.name}: {said}; go on with the same command and run.dir={run_dir}"
                 ) from None
             seconds = time.perf_counter() - start
-            done[stage.name] = write_done(run_dir, stage, reward_hash=reward_hash, seconds=seconds, result=result)
+            done[stage.name] = write_done(run_dir, stage, seconds=seconds, result=result)
             gc.collect()
         outcome = Outcome(run_dir, [done[stage.name] for stage in loaded.stages], _report(loaded, run_dir))
         summary = [

@@ -35,6 +35,10 @@ _FREE_ON_RESUME = re.compile(
     r"run\..*|logging\..*|checkpoint\..*|eval\..*|mesh\..*|data\.eval_.*|data\.num_workers_threads|data\.prefetch_buffer"
     # Each stage of a pipeline is a run of its own, and holds to its own recipe.
     r"|common(\..*)?|stages(\..*)?"
+    # What watches a run of reinforcement learning, and what its processes may use. sampler.num_slots is not among them:
+    # sums over another number of slots differ in the last bit.
+    r"|doctor\..*|sampler\.(engine|memory_gib|memory_share|timeout_seconds)"
+    r"|rewards\.(on_failure|changed_file|num_workers|(timeout|call|start)_seconds)"
     r"|train\.(steps|on_nonfinite|shardy|loss_chunk_size)|optimizer\.(memory|shard_over_data)|model\.(remat|attention)"
 )
 
@@ -209,6 +213,13 @@ def may_change_on_resume(key: str) -> bool:
     return _FREE_ON_RESUME.fullmatch(key) is not None
 
 
+def write_resolved(run_dir: Path, recipe: Recipe) -> None:
+    """Writes the recipe that a run holds to; its head says how to continue."""
+    path = resolved_path(run_dir)
+    head = f"# The recipe of this run. It continues with: posttrain {recipe.kind} {path} run.dir={run_dir}\n"
+    write_atomically(path, head + dump_recipe(recipe))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's text so that a reader, or a crash, sees the old text or the new, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -317,10 +328,16 @@ def _hold_to_first_recipe(run_dir: Path, recipe: Recipe) -> Mapping[str, tuple[A
     """Writes resolved.yaml if this is the first attempt; otherwise gives the changes to it, and refuses most."""
     path = resolved_path(run_dir)
     if not path.exists():
-        head = f"# The recipe of this run. It continues with: posttrain {recipe.kind} {path} run.dir={run_dir}\n"
-        write_atomically(path, head + dump_recipe(recipe))
+        write_resolved(run_dir, recipe)
         return {}
-    changed = changed_keys(load_recipe(str(path), []).recipe, recipe)
+    first = load_recipe(str(path), []).recipe
+    if first.kind != recipe.kind:
+        # Other kinds have other sections, so nearly every key would differ too.
+        raise ValueError(
+            f"run.dir={run_dir}: holds a run of kind {first.kind}, and this recipe is of kind {recipe.kind}; choose "
+            "another run.dir"
+        )
+    changed = changed_keys(first, recipe)
     bound = {key: values for key, values in changed.items() if not may_change_on_resume(key)}
     if bound:
         said = ", ".join(f"{key} ({dump_inline(old)} -> {dump_inline(new)})" for key, (old, new) in bound.items())

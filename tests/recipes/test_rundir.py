@@ -97,6 +97,17 @@ def test_resolved_recipe_loads_to_the_recipe_that_ran():
     )
 
 
+def test_a_run_of_another_kind_is_refused_by_its_kind_and_not_by_its_keys():
+    run = start("run.dir=r")
+    other = load_recipe("sft_stories", ["run.dir=r"]).recipe
+    with pytest.raises(ValueError) as caught:
+        create_run(other, ARGV)
+    assert str(caught.value) == (
+        "run.dir=r: holds a run of kind pretrain, and this recipe is of kind sft; choose another run.dir"
+    )
+    assert len(read_attempts(run.dir)) == 1
+
+
 def test_resolved_recipe_says_how_to_continue_and_that_command_works():
     run = start("train.steps=7")
     commit_checkpoint(run.dir, 5)
@@ -236,6 +247,21 @@ def test_what_does_not_decide_the_numbers_may_change_and_is_recorded_while_the_f
         ("kind", False),
         ("run.dir", True),
         ("train.steps_more", False),
+        ("doctor.action", True),
+        ("sampler.memory_gib", True),
+        ("sampler.memory_share", True),
+        ("sampler.timeout_seconds", True),
+        ("sampler.temperature", False),
+        # Another number of slots changes log-probabilities by an ulp.
+        ("sampler.num_slots", False),
+        ("rewards.num_workers", True),
+        ("rewards.timeout_seconds", True),
+        ("rewards.call_seconds", True),
+        ("rewards.start_seconds", True),
+        ("rewards.on_failure", True),
+        ("rewards.changed_file", True),
+        ("rewards.functions.length", False),
+        ("rewards.options.length.target", False),
     ],
 )
 def test_keys_that_may_change_on_resume(key, free):
