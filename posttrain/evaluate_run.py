@@ -62,7 +62,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
             create_run(recipe, argv, True) as attempt,
             activation_mesh(mesh, rules),
         ):
-            hold_to_reward_file(attempt, reward_file)
+            hold_to_reward_file(attempt, reward_file, changed=recipe.rewards.changed_file)
             evaluator = make_evaluator(recipe, rows, tokenizer, judge)
             assert evaluator is not None
             verify, seed = recipe.checkpoint.verify, recipe.train.seed

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from recipes.rundir import Run, read_attempts, record_fact
+
+logger = logging.getLogger(__name__)
 
 FACT = "reward_file"
 """The entry of an attempt's record: null, or the path and the hash."""
@@ -56,10 +59,16 @@ def file_hash(path: Path | None) -> str | None:
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def hold_to_reward_file(attempt: Run, path: Path | None) -> None:
+def hold_to_reward_file(attempt: Run, path: Path | None, *, changed: Literal["refuse", "accept"]) -> None:
     """Notes the file in the attempt's record, once it is known to be the one that the run has learnt from so far.
 
-    Where no checkpoint was left, the run starts anew, and may have another file.
+    Where no checkpoint was left, the run starts anew, and may have another file. Where another is accepted, it joins
+    what the record says was changed.
+
+    Args:
+        attempt: the attempt.
+        path: the file; None for none.
+        changed: the recipe's rewards.changed_file.
 
     Raises:
         ValueError: the attempt goes on from a checkpoint, and the one before had another file, or one of the two none.
@@ -68,10 +77,15 @@ def hold_to_reward_file(attempt: Run, path: Path | None) -> None:
     earlier = [one[FACT] for one in read_attempts(attempt.dir)[:-1] if FACT in one]
     before = earlier[-1] if earlier else None
     if attempt.resume_step is not None and (before or {}).get("sha256") != (fact or {}).get("sha256"):
-        raise ValueError(
-            f"run.dir={attempt.dir}: a run keeps the rewards that it has learnt from, with {_spelled(before)}, and "
-            f"this attempt has {_spelled(fact)}; give the same file again, or choose another run.dir"
-        )
+        if changed == "refuse":
+            raise ValueError(
+                f"run.dir={attempt.dir}: a run keeps the rewards that it has learnt from, with {_spelled(before)}, and "
+                f"this attempt has {_spelled(fact)}; give the same file again, choose another run.dir, or set "
+                "rewards.changed_file=accept to go on with this one from here"
+            )
+        logger.warning("goes on with %s, where it has learnt with %s so far", _spelled(fact), _spelled(before))
+        changes = read_attempts(attempt.dir)[-1]["changed"]
+        record_fact(attempt, "changed", {**changes, FACT: {"from": before, "to": fact}})
     record_fact(attempt, FACT, fact)
 
 

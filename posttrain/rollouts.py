@@ -26,8 +26,6 @@ from rewards.combination import Combined, FailureRule, combine
 from rewards.pool import PoolLimits, RewardPool
 from rewards.registry import specs_of
 
-START_SECONDS = 120.0
-"""For a process that runs rewards to start and read the user's file."""
 CAUSES_NAMED = 4
 """Causes that an error about groups without signal names, the most frequent first."""
 
@@ -136,7 +134,7 @@ class Judge:
             num_workers=section.num_workers,
             item_seconds=section.timeout_seconds,
             call_seconds=section.call_seconds,
-            start_seconds=START_SECONDS,
+            start_seconds=section.start_seconds,
             memory_bytes=None,
         )
         self._pool = RewardPool(specs, tags=TAGS, reward_file=reward_file, limits=limits)

@@ -80,7 +80,8 @@ def combine(
         index, first = failed[0]
         raise RewardFailure(
             f"reward {first.reward}: completion {index}: {first.failure} ({first.detail}): {len(failed)} rewards gave "
-            "no value, and on_failure=stop; mend the reward, or set on_failure to zero or drop_group"
+            "no value, and rewards.on_failure=stop; set rewards.on_failure to zero or drop_group, or mend the reward, "
+            "with rewards.changed_file=accept where a run that has saved goes on"
         )
     values = np.array(
         [[np.nan if one.value is None else one.value for one in of_item] for of_item in outcomes], np.float64

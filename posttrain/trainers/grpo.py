@@ -82,7 +82,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
         tokenizer = load_tokenizer(recipe.tokenizer)
         setup, prompts = prepare(recipe, tokenizer)
         with create_run(recipe, argv, True) as attempt:
-            hold_to_reward_file(attempt, reward_file)
+            hold_to_reward_file(attempt, reward_file, changed=recipe.rewards.changed_file)
             logger.info(attempt.story)
             with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=reward_file) as judge:
                 folder = attempt.dir / "sampler"

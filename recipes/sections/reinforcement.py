@@ -137,8 +137,12 @@ class RewardsSection(Section):
     """The time for one reward of one completion."""
     call_seconds: Annotated[float, Field(gt=0.0)] = 600.0
     """The time for all rewards of a step; what is not done then counts as failed."""
+    start_seconds: Annotated[float, Field(gt=0.0)] = 120.0
+    """The time for a process that runs rewards to start and to read the --reward-file."""
     num_workers: Annotated[int, Field(ge=1)] = 1
     """Processes that compute rewards."""
+    changed_file: Literal["refuse", "accept"] = "refuse"
+    """Whether a run goes on with another --reward-file than it has learnt from; its provenance notes the change."""
 
 
 class DoctorSection(Section):

@@ -41,11 +41,11 @@ def test_a_good_file_is_passed_on_and_none_is_none(tmp_path):
     assert file_hash(path) == hashlib.sha256(GOOD.encode()).hexdigest() and file_hash(None) is None
 
 
-def attempt(tmp_path, path):
+def attempt(tmp_path, path, *overrides):
     """One attempt at a run with that file."""
-    recipe = load_recipe("grpo_stories", [f"run.dir={tmp_path / 'run'}"]).recipe
+    recipe = load_recipe("grpo_stories", [f"run.dir={tmp_path / 'run'}", *overrides]).recipe
     with create_run(recipe, ["posttrain"], True) as run:
-        hold_to_reward_file(run, path)
+        hold_to_reward_file(run, path, changed=recipe.rewards.changed_file)
 
 
 def test_the_hash_is_noted_in_the_runs_provenance(tmp_path):
@@ -69,3 +69,25 @@ def test_a_run_goes_on_with_the_file_that_it_has_learnt_from_alone(tmp_path):
             attempt(tmp_path, other)
     # A refused attempt changes nothing.
     attempt(tmp_path, path)
+
+
+def test_the_remedies_of_a_reward_that_stopped_a_saved_run_work(tmp_path):
+    """Another rule for failures, and a mended file once the recipe says so: which the provenance notes."""
+    path = written(tmp_path)
+    attempt(tmp_path, path, "rewards.on_failure=stop")
+    step = checkpoint_dir(tmp_path / "run", 1)
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    before = file_hash(path)
+    attempt(tmp_path, path, "rewards.on_failure=zero")
+    path.write_text(GOOD + "\n")
+    with pytest.raises(ValueError, match=r"or set rewards\.changed_file=accept to go on with this one"):
+        attempt(tmp_path, path, "rewards.on_failure=stop")
+    attempt(tmp_path, path, "rewards.on_failure=stop", "rewards.changed_file=accept")
+    changed = read_attempts(tmp_path / "run")[-1]["changed"]
+    assert changed["reward_file"]["from"]["sha256"] == before
+    assert changed["reward_file"]["to"] == {"path": str(path), "sha256": file_hash(path)}
+    assert changed["rewards.changed_file"] == {"from": "refuse", "to": "accept"}
+    # From here on it is the run's file.
+    attempt(tmp_path, path, "rewards.on_failure=stop")
+    assert "reward_file" not in read_attempts(tmp_path / "run")[-1]["changed"]

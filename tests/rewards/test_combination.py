@@ -57,7 +57,7 @@ def test_under_drop_group_the_whole_group_is_left_out():
 
 
 def test_under_stop_the_error_names_reward_completion_and_reason():
-    wanted = "reward right: completion 2: timeout (so): 2 rewards gave no value, and on_failure=stop"
+    wanted = "reward right: completion 2: timeout (so): 2 rewards gave no value, and rewards.on_failure=stop; set "
     with pytest.raises(RewardFailure, match=re.escape(wanted)):
         combine(OUTCOMES, INFOS, groups=[0, 0, 1, 1], on_failure="stop")
 
