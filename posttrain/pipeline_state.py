@@ -24,7 +24,7 @@ from posttrain.local_files import local_identities
 from recipes.layers import Stage
 from recipes.load import load_recipe
 from recipes.rundir import committed_steps, may_change_on_resume, resolved_path, write_atomically, write_resolved
-from recipes.schema import effective_values, flatten
+from recipes.schema import GRPORecipe, effective_values, flatten
 from recipes.stages import place_stage
 from recipes.yaml_text import dump_inline
 
@@ -32,7 +32,7 @@ BEGUN_NAME = "begun.json"
 DONE_NAME = "stage.json"
 REWARDED_KINDS = ("grpo", "eval")
 """Kinds whose numbers a user's reward file decides too."""
-_DECIDES_WHAT_IS_DONE = re.compile(r"eval\..*|data\.eval_.*|train\.steps")
+_DECIDES_WHAT_IS_DONE = re.compile(r"eval\..*|data\.eval_.*|train\.steps|rewards\.on_failure")
 """Keys that a run may change when it goes on, and that yet make another result of a stage."""
 
 _READ_BY_EVALUATION = re.compile(
@@ -127,6 +127,10 @@ def begin_stage(run_dir: Path, stage: Stage, *, reward_hash: str | None) -> None
         begun = now if begun is None or not resolved.is_file() else replace(now, values=begun.values)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(vars(begun), indent=1) + "\n")
+    elif _accepts_changed_rewards(stage) and begun.reward_hash != reward_hash:
+        # What the stage ends with is of the newest file; the run's own record has the change.
+        begun = replace(begun, reward_hash=reward_hash)
+        write_atomically(path, json.dumps(vars(begun), indent=1) + "\n")
     if resolved.is_file():
         first = type(stage.loaded.recipe).model_validate(begun.values)
         placed = place_stage(replace(stage, loaded=replace(stage.loaded, recipe=first)), run_dir).recipe
@@ -212,7 +216,8 @@ def _begun_problems(stage: Stage, run_dir: Path, done: dict[str, DoneStage], rew
     if begun is not None:
         said += _recipe_problems(stage, begun, decides)
     if begun is not None and goes_on:
-        said += _origin_problems(stage, begun, done, reward_hash, decides)
+        rewards = begun.reward_hash if _accepts_changed_rewards(stage) else reward_hash
+        said += _origin_problems(stage, begun, done, rewards, decides)
     if begun is None and goes_on:
         said.append((f"there is no {BEGUN_NAME} that says from what", "or choose another run.dir"))
     where, remove = f"{folder}: stage {stage.name} was begun", f"remove {folder} to begin it anew"
@@ -236,10 +241,13 @@ def _origin_problems(
 ) -> Iterator[tuple[str, str]]:
     """What differs beside the recipe, likewise."""
     if stage.loaded.recipe.kind in REWARDED_KINDS and found.reward_hash != reward_hash:
-        yield (
-            f"had {_rewards(found.reward_hash)}, and now there is {_rewards(reward_hash)}",
-            "choose another run.dir, or give the same file",
-        )
+        remedy = "choose another run.dir, or give the same file"
+        if not isinstance(found, DoneStage):
+            remedy = (
+                "choose another run.dir, give the same file, or set "
+                f"stages.{stage.name}.rewards.changed_file=accept to go on with this one"
+            )
+        yield f"had {_rewards(found.reward_hash)}, and now there is {_rewards(reward_hash)}", remedy
     values = effective_values(stage.loaded.recipe)
     now, flat = local_identities(values), flatten(values)
     for key in found.files.keys() & now.keys():
@@ -252,6 +260,11 @@ def _origin_problems(
     for name, identity in found.made_from.items():
         if name not in done or done[name].identity != identity:
             yield f"was made from another {name} than the one that is there, or will be", "or choose another run.dir"
+
+
+def _accepts_changed_rewards(stage: Stage) -> bool:
+    recipe = stage.loaded.recipe
+    return isinstance(recipe, GRPORecipe) and recipe.rewards.changed_file == "accept"
 
 
 def _rewards(reward_hash: str | None) -> str:

@@ -143,3 +143,24 @@ def test_a_stage_of_another_kind_is_named_by_its_kind_alone(stopped: Fakes) -> N
     file.write_text(file.read_text().replace("base: sft_stories", "base: pretrain_stories"))
     (line,) = stopped.refused("stages.grpo=null", "stages.eval_sft=null")
     assert "stage sft was begun, and its recipe changes kind (sft -> pretrain); remove" in line
+
+
+def test_a_half_done_stage_goes_on_with_a_mended_reward_file_once_it_is_accepted(stopped: Fakes) -> None:
+    run, file = stopped.folder / "run", stopped.folder / "mine.py"
+    file.write_text("def reward_short(completion, **columns):\n    return 1.0\n")
+    stopped.stop_at = "grpo"
+    with pytest.raises(Interrupted):
+        stopped(reward_file=file)
+    save(run / "grpo", 20)
+    stopped.stop_at = None
+    file.write_text(file.read_text().replace("1.0", "0.5"))
+    (line,) = stopped.refused(reward_file=file)
+    assert line.endswith("or set stages.grpo.rewards.changed_file=accept to go on with this one")
+    accept = ("stages.grpo.rewards.changed_file=accept", "stages.grpo.rewards.on_failure=stop")
+    stopped(*accept, reward_file=file)
+    assert stopped.ran == ["grpo", "eval_sft"]
+    # What is done is of the mended file, and of the rule with which it went on.
+    stopped(*accept, reward_file=file)
+    assert stopped.ran == []
+    (line,) = stopped.refused(accept[0], reward_file=file)
+    assert "stage grpo is done, and its recipe changes rewards.on_failure (stop -> zero)" in line
