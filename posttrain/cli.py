@@ -190,7 +190,9 @@ def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any
         typer.Exit: with the code that says why the run did not end as the recipe wants.
     """
     from posttrain.process import start_process
+    from posttrain.samplers.base import SamplerError
     from pretrain.guard import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted, NonFiniteError
+    from rewards.base import RewardPoolError
 
     start_process()
     try:
@@ -201,7 +203,7 @@ def train(loaded: LoadedRecipe, run: Callable[[LoadedRecipe, Sequence[str]], Any
     except NonFiniteError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(EXIT_NOT_FINITE) from None
-    except OSError as error:
+    except (OSError, SamplerError, RewardPoolError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(SYSTEM_ERROR) from None
     loss = f", loss {result.metrics['learning/loss']:.4f}" if result.metrics else "; there was nothing left to do"

@@ -38,9 +38,15 @@ def make_eval(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecipe]) 
         rewards = checked_reward_file(reward_file)
         from posttrain.evaluate_run import run
         from posttrain.process import start_process
+        from posttrain.samplers.base import SamplerError
+        from rewards.base import RewardPoolError
 
         start_process()
-        folder, report = run(loaded, sys.argv, reward_file=rewards)
+        try:
+            folder, report = run(loaded, sys.argv, reward_file=rewards)
+        except (OSError, SamplerError, RewardPoolError) as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(1) from None
         print(f"{folder}:\n{report.table()}")
 
     return evaluate

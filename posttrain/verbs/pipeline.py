@@ -39,11 +39,12 @@ def make_pipeline(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecip
         from posttrain.process import start_process
         from posttrain.samplers.base import SamplerError
         from pretrain.guard import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted, NonFiniteError
+        from rewards.base import RewardPoolError
 
         start_process()
         try:
             outcome = run(loaded, sys.argv, reward_file=rewards)
-        except (Interrupted, NonFiniteError, OSError, SamplerError) as error:
+        except (Interrupted, NonFiniteError, OSError, SamplerError, RewardPoolError) as error:
             print(error, file=sys.stderr)
             codes = {Interrupted: EXIT_INTERRUPTED, NonFiniteError: EXIT_NOT_FINITE}
             raise typer.Exit(codes.get(type(error), 1)) from None
