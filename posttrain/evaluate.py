@@ -76,6 +76,12 @@ class Evaluator:
     temperature: float
     seed: int
 
+    def names(self) -> tuple[str, ...]:
+        """Of the estimates, in their order."""
+        k = self.num_samples
+        several = (f"pass@{k}", f"maj@{k}") if k > 1 else ()
+        return ("greedy", *((f"avg@{k}", *several) if k else ()))
+
     def __call__(self, sampler: Sampler) -> Report:
         """Evaluates the weights that the sampler holds.
 
@@ -84,11 +90,12 @@ class Evaluator:
         """
         start = time.perf_counter()
         greedy = self._tried(sampler, num_samples=1, temperature=0.0)
-        estimates = {"greedy": estimate_proportion(int(greedy.correct.sum()), len(self.rows))}
+        figures = [estimate_proportion(int(greedy.correct.sum()), len(self.rows))]
         sampled = None
         if self.num_samples:
             sampled = self._tried(sampler, num_samples=self.num_samples, temperature=self.temperature)
-            estimates |= self._estimates(sampled)
+            figures += self._estimates(sampled)
+        estimates = dict(zip(self.names(), figures, strict=True))
         return Report(estimates, self._records(greedy, sampled), time.perf_counter() - start)
 
     def _tried(self, sampler: Sampler, *, num_samples: int, temperature: float) -> "_Tried":
@@ -109,18 +116,24 @@ class Evaluator:
         correct = np.array([value is not None and value >= highest for value in values]).reshape(len(rows), num_samples)
         return _Tried(judged.texts, correct, num_samples)
 
-    def _estimates(self, tried: "_Tried") -> dict[str, Estimate]:
+    def _estimates(self, tried: "_Tried") -> list[Estimate]:
+        """avg@k, and for several samples pass@k and maj@k.
+
+        All go by which samples are correct. For maj@k they vote with their final answers, canonically spelled; a
+        correct one whose final answer is not found, since its reward looks elsewhere, votes with the gold answer.
+        """
         k = self.num_samples
-        figures = {f"avg@{k}": avg_at_k(tried.correct)}
+        figures = [avg_at_k(tried.correct)]
         if k > 1:
-            figures[f"pass@{k}"] = np.array([pass_at_k(k, int(row.sum()), k) for row in tried.correct])
-            figures[f"maj@{k}"] = np.array(
-                [maj_at_k(_answers(tried.of(i)), canonical(row.answer), k) for i, row in enumerate(self.rows)]
+            pairs = list(zip(self.rows, tried.correct.tolist(), strict=True))
+            votes = [_votes(tried.of(i), correct, row.answer) for i, (row, correct) in enumerate(pairs)]
+            figures.append(np.array([pass_at_k(k, sum(correct), k) for _, correct in pairs]))
+            figures.append(
+                np.array([maj_at_k(one, correct, k) for one, (_, correct) in zip(votes, pairs, strict=True)])
             )
-        return {
-            name: estimate_mean(values.astype(np.float64), seed=self.seed, num_resamples=NUM_RESAMPLES)
-            for name, values in figures.items()
-        }
+        return [
+            estimate_mean(values.astype(np.float64), seed=self.seed, num_resamples=NUM_RESAMPLES) for values in figures
+        ]
 
     def _records(self, greedy: "_Tried", sampled: "_Tried | None") -> list[dict[str, Any]]:
         records = []
@@ -149,6 +162,7 @@ class _Tried:
         return self.texts[problem * self.num_samples : (problem + 1) * self.num_samples]
 
 
-def _answers(texts: Sequence[str]) -> list[str | None]:
-    found = (final_answer(text, TAGS) for text in texts)
-    return [None if answer is None else canonical(answer) for answer in found]
+def _votes(texts: Sequence[str], correct: Sequence[bool], gold: str) -> list[str | None]:
+    found = [final_answer(text, TAGS) for text in texts]
+    spoken = [gold if answer is None and right else answer for answer, right in zip(found, correct, strict=True)]
+    return [None if answer is None else canonical(answer) for answer in spoken]

@@ -55,16 +55,17 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def maj_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
+def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
     """The probability that the majority of k samples of a problem is correct.
 
     It is the mean over all choices of k of the n samples, which is unbiased as pass@k is. The answer with most votes
-    wins; where several have most, each is as likely to be taken. Samples without an answer do not vote; where nobody
-    votes, the majority is wrong.
+    wins; where several have most, each is as likely to be taken. A winner stands for one of the samples that gave it,
+    each as likely, and is right where that sample is. Samples without an answer do not vote; where nobody votes, the
+    majority is wrong.
 
     Args:
         answers: the samples' answers in one spelling (`rewards.normalization.canonical`); None where there is none.
-        gold: the correct answer in the same spelling.
+        correct: which samples are correct.
         k: samples that vote.
 
     Returns:
@@ -76,19 +77,31 @@ def maj_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
     _check_k("maj@k", len(answers), k)
     votes = Counter(answers)
     silent = votes.pop(None, 0)
-    right = votes.pop(gold, 0)
-    # Rational, for the numbers of choices pass the largest float from about a thousand samples on.
+    right = Counter(answer for answer, holds in zip(answers, correct, strict=True) if holds and answer is not None)
     wins = Fraction(0)
-    for most in range(1, min(right, k) + 1):
-        # ways[s][t]: choices of s samples that are not gold, none of whose answers has over `most` votes, and t of
-        # whose answers have that many.
+    for answer, count in right.items():
+        others = [number for other, number in votes.items() if other != answer]
+        # By symmetry, the k samples' share of right ones among those of this answer is that of all n in the mean.
+        wins += Fraction(count, votes[answer]) * _wins(votes[answer], others, silent, k)
+    return float(wins / math.comb(len(answers), k))
+
+
+def _wins(own: int, others: Sequence[int], silent: int, k: int) -> Fraction:
+    """In how many choices of k samples an answer that `own` of them gave wins; a tie counts as its share.
+
+    Rational, for the numbers of choices pass the largest float from about a thousand samples on.
+    """
+    wins = Fraction(0)
+    for most in range(1, min(own, k) + 1):
+        # ways[s][t]: choices of s samples of other answers, none of which has over `most` votes, and t of which have
+        # that many.
         ways = {(chosen, 0): math.comb(silent, chosen) for chosen in range(min(silent, k) + 1)}
-        for count in votes.values():
+        for count in others:
             ways = _with_answer(ways, count, most, k)
         for (chosen, tied), number in ways.items():
             if chosen == k - most:
-                wins += Fraction(math.comb(right, most) * number, 1 + tied)
-    return float(wins / math.comb(len(answers), k))
+                wins += Fraction(math.comb(own, most) * number, 1 + tied)
+    return wins
 
 
 def _with_answer(ways: dict[tuple[int, int], int], count: int, most: int, k: int) -> dict[tuple[int, int], int]:
@@ -137,13 +150,16 @@ def estimate_proportion(successes: int, total: int) -> Estimate:
         raise ValueError(
             f"proportion: {successes} of {total}: a share is of at least one trial; evaluate more problems"
         )
-    share = successes / total
+    return _wilson(successes / total, total)
+
+
+def _wilson(share: float, total: int) -> Estimate:
     scale = 1 + Z_95**2 / total
     centre = (share + Z_95**2 / (2 * total)) / scale
     half = Z_95 / scale * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
     # At the ends the exact bounds are 0 and 1, which rounding would miss.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == total else centre + half
+    low = 0.0 if share == 0.0 else centre - half
+    high = 1.0 if share == 1.0 else centre + half
     return Estimate(share, low, high, total)
 
 
@@ -151,8 +167,8 @@ def estimate_mean(values: Float[np.ndarray, "P"], *, seed: int, num_resamples: i
     """The mean of a figure per problem (pass@k, maj@k, avg@k), by the bootstrap over problems.
 
     The interval is the percentile bootstrap's (Efron 1979). Problems are what is drawn anew, since samples of one
-    problem are not independent. Where all problems have the value 0, or all the value 1, drawing anew shows no spread,
-    and the interval is Wilson's for as many trials as there are problems.
+    problem are not independent. Where all problems have the same value, drawing anew shows no spread, and the interval
+    is Wilson's for as many yes-or-no trials as there are problems: among means in [0, 1] none spreads wider.
 
     Args:
         values: the figure of each problem, in [0, 1].
@@ -173,8 +189,8 @@ def estimate_mean(values: Float[np.ndarray, "P"], *, seed: int, num_resamples: i
     if num_resamples < 1:
         raise ValueError(f"mean: num_resamples={num_resamples}: an interval needs draws; set at least 1000")
     count = len(values)
-    if values.max() == 0 or values.min() == 1:
-        return estimate_proportion(int(values.sum()), count)
+    if values.min() == values.max():
+        return _wilson(float(values[0]), count)
     rng = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     rows = max(1, _CHUNK // count)

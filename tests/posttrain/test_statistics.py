@@ -44,22 +44,33 @@ def test_pass_at_k_is_exact_for_many_samples():
     assert pass_at_k(n, c, k) == pytest.approx(float(expected), abs=1e-15)
 
 
-def majority_by_enumeration(answers, gold, k):
+def majority_by_enumeration(answers, correct, k):
     """The definition, word for word."""
     total, choices = Fraction(0), 0
-    for chosen in itertools.combinations(answers, k):
+    for chosen in itertools.combinations(zip(answers, correct, strict=True), k):
         choices += 1
-        votes = [answer for answer in chosen if answer is not None]
+        votes = [answer for answer, _ in chosen if answer is not None]
         most = max((votes.count(answer) for answer in votes), default=0)
         winners = {answer for answer in votes if votes.count(answer) == most}
-        total += Fraction(gold in winners, max(1, len(winners)))
+        for winner in winners:
+            own = [holds for answer, holds in chosen if answer == winner]
+            total += Fraction(sum(own), len(own)) / len(winners)
     return float(total / choices)
 
 
-@given(st.lists(st.sampled_from(["7", "8", "9", "10", None]), min_size=1, max_size=9), st.data())
-def test_maj_at_k_equals_enumeration(answers, data):
+@given(
+    st.lists(st.tuples(st.sampled_from(["7", "8", "9", "10", None]), st.booleans()), min_size=1, max_size=9), st.data()
+)
+def test_maj_at_k_equals_enumeration(samples, data):
+    """Also where samples of one answer are not all right or wrong, as where the format counts too."""
+    answers, correct = zip(*samples, strict=True)
     k = data.draw(st.integers(1, len(answers)))
-    assert maj_at_k(answers, "7", k) == pytest.approx(majority_by_enumeration(answers, "7", k), abs=1e-12)
+    assert maj_at_k(answers, correct, k) == pytest.approx(majority_by_enumeration(answers, correct, k), abs=1e-12)
+
+
+def majority_of_sevens(answers, k):
+    """maj@k where 7 is right."""
+    return maj_at_k(answers, [answer == "7" for answer in answers], k)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +86,16 @@ def test_maj_at_k_equals_enumeration(answers, data):
     ],
 )
 def test_the_majority_of_few_votes_is_known_by_hand(answers, k, expected):
-    assert maj_at_k(answers, "7", k) == pytest.approx(expected, abs=1e-15)
+    assert majority_of_sevens(answers, k) == pytest.approx(expected, abs=1e-15)
 
 
 def test_maj_at_one_is_avg_and_many_samples_are_quick():
     answers = ["7"] * 30 + ["8"] * 20 + [str(index) for index in range(10, 20)] + [None] * 4
-    assert maj_at_k(answers, "7", 1) == pytest.approx(30 / 64, abs=1e-12)
-    assert maj_at_k(answers, "7", 64) == 1.0
-    assert 30 / 64 < maj_at_k(answers, "7", 16) < 1
+    assert majority_of_sevens(answers, 1) == pytest.approx(30 / 64, abs=1e-12)
+    assert majority_of_sevens(answers, 64) == 1.0
+    assert 30 / 64 < majority_of_sevens(answers, 16) < 1
     # The number of choices, about 1e328, is past the largest float.
-    assert maj_at_k(["7"] * 1060 + ["8"] * 40, "7", 550) == 1.0
+    assert majority_of_sevens(["7"] * 1060 + ["8"] * 40, 550) == 1.0
 
 
 def test_avg_at_k_is_the_mean_of_each_problem():
@@ -165,12 +176,21 @@ def test_where_all_problems_agree_the_interval_is_wilsons_and_not_empty(value):
     assert found.high - found.low > 0.009
 
 
+@pytest.mark.parametrize(("value", "count"), [(0.5, 3), (0.25, 400), (1 / 3, 10)])
+def test_where_all_problems_have_the_same_share_the_interval_is_wilsons_too(value, count):
+    found = estimate_mean(np.full(count, value), seed=0, num_resamples=1000)
+    assert found.value == value and 0 < found.low < value < found.high < 1
+    # The equation that defines Wilson's bounds, as above.
+    for bound in (found.low, found.high):
+        assert (value - bound) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / count, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda: pass_at_k(4, 1, 5), "pass@k: k=5 of 4 samples"),
         (lambda: pass_at_k(4, 5, 1), "pass@k: num_correct=5"),
-        (lambda: maj_at_k(["7"], "7", 0), "maj@k: k=0 of 1 samples"),
+        (lambda: maj_at_k(["7"], [True], 0), "maj@k: k=0 of 1 samples"),
         (lambda: avg_at_k(np.zeros((3, 0), bool)), "avg@k: correct has shape (3, 0)"),
         (lambda: estimate_proportion(0, 0), "proportion: 0 of 0"),
         (lambda: estimate_mean(np.array([]), seed=0, num_resamples=10), "at least one problem"),
