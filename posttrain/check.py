@@ -112,7 +112,7 @@ def sample_policy(recipe: GRPORecipe, *, num_prompts: int, reward_file: Path | N
         section = recipe.rewards.model_copy(update={"on_failure": shown})
         with activation_mesh(setup.mesh, setup.rules), Judge(section, reward_file=reward_file) as judge:
             make_evaluator(recipe, prompts.held_out, tokenizer, judge)
-            problems = first_prompts(prompts, num_prompts, needed=rl.prompts_per_step)
+            problems = first_prompts(prompts, num_prompts)
             model, place = sampled_model(setup), Path(folder) / "sampler"
             sampler = make_sampler(recipe.sampler, model, tokenizer, folder=place, max_length=rl.longest_sequence)
             try:
@@ -163,12 +163,10 @@ def _hopeless(recipe: GRPORecipe, rollout: Rollout, symptoms: dict[str, str]) ->
     return reasons
 
 
-def first_prompts(prompts: Prompts, count: int, *, needed: int) -> list[Any]:
-    """The first prompts that training draws, as many as there are; refuses data with fewer than a step needs."""
-    stream, start = prompts.train, prompts.train.get_state()
-    stream.take(needed, exclude=())
-    stream.set_state(start)
-    return stream.take(min(count, start["fingerprint"]["rows"]), exclude=())
+def first_prompts(prompts: Prompts, count: int) -> list[Any]:
+    """The first prompts that training draws, as many as there are."""
+    stream = prompts.train
+    return stream.take(min(count, stream.get_state()["fingerprint"]["rows"]), exclude=())
 
 
 def first_sampling(recipe: GRPORecipe, tokenizer: Tokenizer) -> Sampling:

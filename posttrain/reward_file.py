@@ -13,7 +13,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from recipes.load import LoadedRecipe
 from recipes.rundir import Run, read_attempts, record_fact
+from recipes.schema import ProblemsRecipe
+from rewards.base import Tags
+from rewards.registry import check_specs, specs_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,45 @@ def checked_reward_file(path: Path | None) -> Path | None:
         said = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"{where}: not Python{line} ({said}); correct it") from None
     return path
+
+
+def checked_rewards(loaded: LoadedRecipe, path: Path | None) -> Path | None:
+    """The user's file as `checked_reward_file` gives it, once the recipe's own rewards are known to be right too.
+
+    Args:
+        loaded: the recipe, or a pipeline, of which each stage is looked at.
+        path: the user's file; None for none.
+
+    Raises:
+        ValueError: a line for each recipe that names a reward which is not there or is not set right, none at all, or
+            as eval.correct one that it does not name; or the file is not right.
+    """
+    path = checked_reward_file(path)
+    recipes = {"": loaded.recipe} | {f"stages.{stage.name}: ": stage.loaded.recipe for stage in loaded.stages}
+    problems = [
+        f"{loaded.source}: {place}{problem}"
+        for place, recipe in recipes.items()
+        if isinstance(recipe, ProblemsRecipe) and (problem := _reward_problem(recipe, path))
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return path
+
+
+def _reward_problem(recipe: ProblemsRecipe, path: Path | None) -> str | None:
+    functions, correct = recipe.rewards.functions, recipe.eval.correct
+    try:
+        check_specs(specs_of(functions, recipe.rewards.options), Tags())
+    except ValueError as error:
+        return str(error)
+    # What a file holds is known once it has run, in the rewards' own processes.
+    if path is not None:
+        return None
+    if not functions:
+        return "rewards.functions={}: without a reward nothing can be learnt; name one, or give a --reward-file"
+    if correct is not None and correct not in functions:
+        return f"eval.correct={correct}: the rewards are {', '.join(functions)}; name one of them"
+    return None
 
 
 def file_hash(path: Path | None) -> str | None:

@@ -192,13 +192,13 @@ def collect(
     judge_all: Callable[[list[PromptRow], list[Completion]], Judged],
     rl: RLSection,
 ) -> Rollout:
-    """One step's rollout: samples, judges and weighs; replaces groups without signal up to `rl.max_resamples` times.
+    """One step's rollout: samples, judges and weighs; replaces groups without signal for some rounds.
 
     Args:
         draw: the next so many problems, none of which has one of the given ids.
         complete: samples their completions.
         judge_all: judges them.
-        rl: the recipe's section; without `max_resamples` every group is taken as it is.
+        rl: the recipe's section; where `resample_rounds` is 0 every group is taken as it is.
 
     Raises:
         NoSignal: some groups had still no difference in reward after the last round; why is counted.
@@ -210,8 +210,14 @@ def collect(
     flat: Counter[str] = Counter()
     seen: set[int] = set()
     wanted = rl.prompts_per_step
-    for round_number in range(rl.max_resamples + 1):
-        problems = draw(wanted, seen)
+    for round_number in range(rl.resample_rounds + 1):
+        try:
+            problems = draw(wanted, seen)
+        except ValueError as error:
+            if not replaced:
+                raise
+            said = _no_signal(wanted, flat, rl, round_number - 1)
+            raise NoSignal(f"{said} ({error})", merge([*taken, *replaced])) from error
         seen |= {problem.prompt_id for problem in problems}
         start = time.perf_counter()
         completions = complete(problems)
@@ -223,15 +229,15 @@ def collect(
             raise
         sample_seconds += sampled - start
         reward_seconds += time.perf_counter() - sampled
-        keeps = judged.signal(rl) | (rl.max_resamples == 0)
+        keeps = judged.signal(rl) | (rl.resample_rounds == 0)
         taken.append(_only(judged, keeps))
         if keeps.all():
             break
         replaced.append(_only(judged, ~keeps))
         wanted -= int(keeps.sum())
         flat.update(_why_flat(judged, group, rl) for group in np.flatnonzero(~keeps))
-        if round_number == rl.max_resamples:
-            raise NoSignal(_no_signal(wanted, flat, rl), merge([*taken, *replaced]))
+        if round_number == rl.resample_rounds:
+            raise NoSignal(_no_signal(wanted, flat, rl, round_number), merge([*taken, *replaced]))
     merged = merge(taken)
     advantages, sequences = weigh(merged, rl)
     return Rollout(merged, advantages, sequences, sample_seconds, reward_seconds, merge(replaced) if replaced else None)
@@ -249,11 +255,11 @@ def _why_flat(judged: Judged, group: int, rl: RLSection) -> str:
     return f"all rewarded {points:g}" if kept.all() else f"all that ended rewarded {points:g}"
 
 
-def _no_signal(wanted: int, flat: "Counter[str]", rl: RLSection) -> str:
+def _no_signal(wanted: int, flat: "Counter[str]", rl: RLSection, rounds: int) -> str:
     causes = ", ".join(f"{count} groups {cause}" for cause, count in flat.most_common(CAUSES_NAMED))
     return (
-        f"rl.max_resamples={rl.max_resamples}: {wanted} of {rl.prompts_per_step} groups have still no difference in "
-        f"reward after so many rounds ({causes}), so nothing can be learnt from them; use easier or harder problems, "
+        f"rl.max_resamples={rl.resample_rounds}: {wanted} of {rl.prompts_per_step} groups have still no difference in "
+        f"reward after {rounds} rounds ({causes}), so nothing can be learnt from them; use easier or harder problems, "
         "more generations or a reward with parts, raise rl.max_resamples, or set it to 0 to take groups as they are"
     )
 

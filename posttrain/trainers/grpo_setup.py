@@ -36,6 +36,12 @@ def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Pro
     problems = load_all(data)
     shared = (data, tokenizer, recipe.tokenizer)
     prompts = prompt_set(problems.train, *shared, max_prompt_length=rl.max_prompt_length, limit=data.num_problems)
+    if len(prompts.rows) < rl.prompts_per_step:
+        raise ValueError(
+            f"rl.prompts_per_step={rl.prompts_per_step}: there are {len(prompts.rows)} prompts of at most "
+            f"rl.max_prompt_length={rl.max_prompt_length} tokens, and a step samples each once; lower "
+            "rl.prompts_per_step, or name more data"
+        )
     held_out = None
     if problems.held_out:
         limit = data.num_eval_problems

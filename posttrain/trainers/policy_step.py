@@ -25,8 +25,6 @@ from pretrain.step import ROWS, Metrics, StepOptions, make_train_step
 from pretrain.sums import LossOutput
 from recipes.schema import RLSection
 
-DAPO_EPSILON_HIGH = 0.28
-"""Of the paper (arXiv:2503.14476, section 4.1)."""
 LOGPS = "logps"
 """The row array that an update gives back: the policy's log-probabilities of the sampled tokens, before it."""
 
@@ -108,9 +106,6 @@ def make_loss_fn(
     """The recipe's loss of a batch, before division."""
     algorithm = ALGORITHMS[rl.loss_algo]
     aggregation = rl.loss_aggregation or algorithm.aggregation
-    high = rl.epsilon_high
-    if high is None and rl.loss_algo == "dapo":
-        high = DAPO_EPSILON_HIGH
     length_norm = float(rl.max_completion_length) if aggregation == "sequence-mean-token-sum-norm" else None
 
     def loss_fn(params: Params, batch: PolicyBatch, noise_key: jax.Array | None) -> LossOutput:
@@ -138,7 +133,7 @@ def make_loss_fn(
             segment_ids=batch.target_segments,
             algorithm=rl.loss_algo,
             epsilon=rl.epsilon,
-            epsilon_high=high,
+            epsilon_high=rl.clip_high,
             dual_clip=rl.dual_clip,
             kl_coefficient=rl.beta,
             kl_estimator=rl.kl_estimator,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.reward_file import RewardFileOption, checked_reward_file
+from posttrain.reward_file import RewardFileOption, checked_rewards
 from posttrain.verbs.inspect_data import CLOSING, GIVEN, OPENING, TRAINED, Segment
 from recipes.schema import RLSection
 
@@ -95,11 +95,12 @@ def check(
     if kind != "grpo":
         _refuse_idle(chosen, f"kind={kind}")
     mark = _plain_marks if plain or not sys.stdout.isatty() else _coloured_marks
+    rewards = checked_rewards(loaded, reward_file)
     from posttrain.process import start_process
 
     start_process()
     if kind == "grpo":
-        hopeless = _check_policy(loaded, 16 if prompts is None else prompts, samples, reward_file, mark)
+        hopeless = _check_policy(loaded, 16 if prompts is None else prompts, samples, rewards, mark)
     else:
         hopeless = _check_rows(loaded, mark)
     if hopeless:
@@ -129,7 +130,7 @@ def _check_policy(loaded: Any, prompts: int, samples: int | None, reward_file: P
     from rewards.pool import RewardPoolError
 
     try:
-        found = sample_policy(loaded.recipe, num_prompts=prompts, reward_file=checked_reward_file(reward_file))
+        found = sample_policy(loaded.recipe, num_prompts=prompts, reward_file=reward_file)
     except (SamplerError, RewardPoolError, RewardFailure) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

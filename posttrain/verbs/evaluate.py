@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.reward_file import RewardFileOption, checked_reward_file
+from posttrain.reward_file import RewardFileOption, checked_rewards
 from recipes.load import LoadedRecipe
 
 
@@ -35,7 +35,7 @@ def make_eval(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecipe]) 
             raise ValueError(
                 f"{loaded.source}: kind={loaded.recipe.kind}: recipes of kind eval and grpo hold out problems; name one"
             )
-        rewards = checked_reward_file(reward_file)
+        rewards = checked_rewards(loaded, reward_file)
         from posttrain.evaluate_run import run
         from posttrain.process import start_process
         from posttrain.samplers.base import SamplerError

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from posttrain.reward_file import RewardFileOption, checked_reward_file
+from posttrain.reward_file import RewardFileOption, checked_rewards
 from recipes.load import LoadedRecipe
 
 
@@ -41,7 +41,7 @@ def make_grpo(
                 f"{loaded.source}: kind={loaded.recipe.kind}: `posttrain grpo` runs recipes of kind grpo; "
                 f"use `posttrain {loaded.recipe.kind}`, or name another recipe"
             )
-        rewards = checked_reward_file(reward_file)
+        rewards = checked_rewards(loaded, reward_file)
         from posttrain.trainers.grpo import run
 
         train(loaded, partial(run, reward_file=rewards))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.reward_file import RewardFileOption, checked_reward_file
+from posttrain.reward_file import RewardFileOption, checked_rewards
 from recipes.load import LoadedRecipe
 
 
@@ -34,7 +34,7 @@ def make_pipeline(open_recipe: Callable[[str, Sequence[str] | None], LoadedRecip
                 f"{loaded.source}: kind={loaded.recipe.kind}: `posttrain pipeline` runs recipes of kind pipeline; use "
                 f"`posttrain {loaded.recipe.kind}`, or name another recipe"
             )
-        rewards = checked_reward_file(reward_file)
+        rewards = checked_rewards(loaded, reward_file)
         from posttrain.pipeline import run
         from posttrain.process import start_process
         from posttrain.samplers.base import SamplerError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -9,6 +10,10 @@ from pydantic import Field
 
 from recipes.sections.base import AsTuple, FrozenDict, FrozenMap, OnlyWhen, Problem, Section, Unless
 
+DAPO_EPSILON_HIGH = 0.28
+"""The upper clip of DAPO (arXiv:2503.14476, section 4.1), where a recipe sets none."""
+DAPO_RESAMPLES = 10
+"""Rounds of DAPO's dynamic sampling, where a recipe sets none: at even odds of a flat group, 1 in 2000 is left."""
 CLIPPED = Unless("loss_algo", "rloo")
 FROM_RECORDS = OnlyWhen("kind", "records")
 Aggregation = Literal[
@@ -42,7 +47,7 @@ class RLSection(Section):
     epsilon_high: Annotated[float | None, Field(gt=0.0), CLIPPED] = None
     """The ratio is clipped above at 1 + epsilon_high; null is epsilon, and 0.28 for dapo."""
     dual_clip: Annotated[float | None, Field(gt=1.0), CLIPPED] = None
-    """Bounds the ratio where the advantage is negative; null does not."""
+    """Bounds the ratio where the advantage is negative, above 1 + epsilon_high; null does not."""
     loss_aggregation: Aggregation | None = None
     """How token losses become one; null is the algorithm's own."""
     advantage: Literal["group", "dr_grpo", "rloo"] | None = None
@@ -55,8 +60,9 @@ class RLSection(Section):
     """The weight of an entropy bonus."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss, as DAPO's overlong filtering does."""
-    max_resamples: Annotated[int, Field(ge=0)] = 0
-    """Rounds in which groups without any difference in reward get new prompts (DAPO); then it is an error. 0: none."""
+    max_resamples: Annotated[int | None, Field(ge=0)] = None
+    """Rounds in which groups without any difference in reward get new prompts (DAPO's dynamic sampling); then it is an
+    error. 0 takes groups as they are; null is the algorithm's own: 10 for dapo, 0 for the others."""
 
     @property
     def longest_sequence(self) -> int:
@@ -68,8 +74,29 @@ class RLSection(Section):
         """Tokens in a row of the update."""
         return self.row_length or self.longest_sequence
 
+    @property
+    def clip_high(self) -> float:
+        """The ratio is clipped above at 1 + this."""
+        if self.epsilon_high is not None:
+            return self.epsilon_high
+        return DAPO_EPSILON_HIGH if self.loss_algo == "dapo" else self.epsilon
+
+    @property
+    def resample_rounds(self) -> int:
+        """Rounds in which groups without any difference in reward get new prompts."""
+        if self.max_resamples is not None:
+            return self.max_resamples
+        return DAPO_RESAMPLES if self.loss_algo == "dapo" else 0
+
     def problems(self) -> Iterator[Problem]:
-        """Yields groups that are too small, and rows that are too short."""
+        """Yields groups that are too small, rows that are too short, and a bound that the clip passes."""
+        if self.dual_clip is not None and self.dual_clip <= 1.0 + self.clip_high:
+            yield Problem(
+                "dual_clip",
+                self.dual_clip,
+                "it bounds ratios that the clip leaves alone",
+                f"set it above 1 + epsilon_high = {1.0 + self.clip_high:g}, for instance 3, or leave it null",
+            )
         if self.num_generations < 2:
             yield Problem(
                 "num_generations",
@@ -143,6 +170,17 @@ class RewardsSection(Section):
     """Processes that compute rewards."""
     changed_file: Literal["refuse", "accept"] = "refuse"
     """Whether a run goes on with another --reward-file than it has learnt from; its provenance notes the change."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yields weights that are no finite numbers."""
+        for name, weight in self.functions.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                yield Problem(
+                    f"functions.{name}",
+                    weight,
+                    "a weight is a finite number, as a total of rewards is",
+                    f"set rewards.functions.{name} to one",
+                )
 
 
 class DoctorSection(Section):

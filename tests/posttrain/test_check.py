@@ -190,7 +190,7 @@ def test_rows_of_which_nothing_is_trained_teach_nothing(folder: Path) -> None:
     [
         ("grpo", ["--devices", "4"], "--devices=4: only --compile reads it; add --compile, or remove --devices"),
         ("sft", ["--samples", "4"], "--samples=4: it has no effect with kind=sft, which samples nothing; remove it"),
-        ("grpo", ["rl.prompts_per_step=90"], "prompts: 90 of 60: a step samples each prompt once"),
+        ("grpo", ["rl.prompts_per_step=90"], "rl.prompts_per_step=90: there are 60 prompts of at most rl.max"),
         ("grpo", ["rl.row_length=8"], "rl.row_length=8: a prompt of 64 tokens with a completion of 6 does not fit"),
     ],
 )

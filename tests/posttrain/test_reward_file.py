@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from posttrain import cli
-from posttrain.reward_file import checked_reward_file, file_hash, hold_to_reward_file
+from posttrain.reward_file import checked_reward_file, checked_rewards, file_hash, hold_to_reward_file
 from recipes.load import load_recipe
 from recipes.rundir import checkpoint_dir, create_run, read_attempts
 
@@ -33,6 +33,36 @@ def test_a_missing_or_broken_file_is_told_before_anything_starts(tmp_path, capsy
     assert cli.main([verb, recipe, f"run.dir={tmp_path / 'run'}", "--reward-file", str(path)]) == 2
     assert f"--reward-file={path}: {said}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["grpo", "eval", "check", "pipeline"])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("rewards.functions={gsm8k_exactt: 1.0}", "rewards: gsm8k_exactt: there is no reward of this name; did you me"),
+        ("rewards.functions={}", "rewards.functions={}: without a reward nothing can be learnt"),
+        ("rewards.options={length: {target: 3}}", "rewards.options.length: rewards.functions names gsm8k_exact"),
+        ("eval.correct=nope", "eval.correct=nope: the rewards are gsm8k_exact"),
+    ],
+)
+def test_wrong_names_of_rewards_are_told_before_anything_starts(tmp_path, capsys, monkeypatch, verb, setting, said):
+    def starts():
+        raise AssertionError("JAX was asked for")
+
+    monkeypatch.setattr("posttrain.process.start_process", starts)
+    recipe = "grpo_stories"
+    if verb == "pipeline":
+        recipe, setting = "quickstart", f"stages.grpo.{setting}"
+        said = f"stages.grpo: {said}"
+    folder = [] if verb == "check" else [f"run.dir={tmp_path / 'run'}"]
+    assert cli.main([verb, recipe, *folder, setting]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_correct_may_name_a_reward_of_the_users_file(tmp_path):
+    loaded = load_recipe("grpo_stories", ["eval.correct=short", "rewards.functions={}"])
+    assert checked_rewards(loaded, written(tmp_path)) == tmp_path / "mine.py"
 
 
 def test_a_good_file_is_passed_on_and_none_is_none(tmp_path):

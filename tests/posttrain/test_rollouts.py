@@ -144,6 +144,35 @@ def test_after_the_last_round_the_error_counts_why_groups_taught_nothing() -> No
         gather(Stream(), range(1, 100), max_resamples=1)
 
 
+def test_dapo_resamples_where_the_recipe_does_not_say_otherwise() -> None:
+    assert prompts_of(gather(Stream(), [1, 2], loss_algo="dapo")) == [0, 3, 4, 5]
+    assert prompts_of(gather(Stream(), [1, 2], loss_algo="dapo", max_resamples=0)) == [0, 1, 2, 3]
+
+
+def test_data_that_ends_while_groups_are_replaced_is_told_with_why_they_were() -> None:
+    stream = Stream()
+
+    def draw(count: int, seen: set[int]) -> list[PromptRow]:
+        if len(seen) + count > 5:
+            raise ValueError(f"prompts: {count} of {5 - len(seen)}")
+        return stream(count, seen)
+
+    rl = RLSection(prompts_per_step=4, num_generations=2, max_resamples=7)
+    message = r"rl\.max_resamples=7: 1 of 4 groups .* after 1 rounds \(2 groups all rewarded 0\).*\(prompts: 1 of 0\)"
+    with pytest.raises(NoSignal, match=message) as raised:
+        collect(
+            draw,
+            lambda problems: right(problems, SAMPLING),
+            lambda problems, made: judge(
+                problems, made, [float(one.sample_index * (one.prompt_id < 3)) for one in made]
+            ),
+            rl,
+        )
+    assert [one.prompt_id for one in raised.value.judged.problems] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="prompts: 9 of 5"):
+        collect(draw, list, judge, RLSection(prompts_per_step=9, num_generations=2, max_resamples=7))
+
+
 def test_the_error_tells_failures_and_truncation_from_equal_rewards() -> None:
     def judge_all(problems: list[PromptRow], completions: list[Completion]) -> Judged:
         # Problem 0's second reward fails, problem 1 is solved every time, problem 2 never ends, problem 3 is sound.
