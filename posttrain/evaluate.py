@@ -1,5 +1,6 @@
 """How many held-out problems a policy solves: greedy, and over several samples, with 95 % confidence intervals."""
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -15,13 +16,17 @@ from posttrain.data.prompts import PromptRow
 from posttrain.rollouts import Judge, sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.statistics import Estimate, avg_at_k, estimate_mean, estimate_proportion, maj_at_k, pass_at_k
-from recipes.rundir import write_atomically
+from recipes.metrics import read_metrics
+from recipes.rundir import Run, metrics_path, read_attempts, record_fact, write_atomically
 from rewards.extraction import final_answer
 from rewards.normalization import canonical
 
 NUM_RESAMPLES = 2000
 EVALUATION_STEP = 2**30
 """The step that seeds of evaluation derive from: another than any of training, and the same in every evaluation."""
+
+FACT = "evaluation"
+"""The entry of an attempt's record that says which evaluation it makes."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,30 @@ class Evaluator:
         k = self.num_samples
         several = (f"pass@{k}", f"maj@{k}") if k > 1 else ()
         return ("greedy", *((f"avg@{k}", *several) if k else ()))
+
+    def identity(self) -> str:
+        """A hash of what is asked and how, the rewards' own settings left out: those do not change within a run."""
+        asked = [(row.prompt_id, row.token_ids, row.answer) for row in self.rows]
+        how = (self.correct, self.max_tokens, self.num_samples, self.temperature, self.seed)
+        return hashlib.sha256(json.dumps([asked, how]).encode()).hexdigest()
+
+    def is_known(self, attempt: Run, step: int) -> bool:
+        """Whether the run's metrics have this evaluation's after so many steps, from this attempt or one before it.
+
+        Every attempt notes the evaluation that it makes (`note`). One that noted none, as earlier versions did not, is
+        known by the names of its metrics alone.
+        """
+        names = {f"evaluation/{name}" for name in self.names()}
+        noted = {one["attempt"]: one.get(FACT) for one in read_attempts(attempt.dir)}
+        rows = read_metrics(metrics_path(attempt.dir))
+        return any(
+            row["step"] == step and names <= row.keys() and noted.get(row["attempt"]) in (None, self.identity())
+            for row in rows
+        )
+
+    def note(self, attempt: Run) -> None:
+        """Notes in the attempt's record which evaluation it makes."""
+        record_fact(attempt, FACT, self.identity())
 
     def __call__(self, sampler: Sampler) -> Report:
         """Evaluates the weights that the sampler holds.

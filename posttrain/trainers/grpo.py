@@ -53,8 +53,7 @@ from pretrain.setup import SessionSetup
 from pretrain.state import TrainState
 from pretrain.step import ROWS, Metrics
 from recipes.load import LoadedRecipe
-from recipes.metrics import read_metrics
-from recipes.rundir import Run, create_run, metrics_path
+from recipes.rundir import Run, create_run
 from recipes.schema import GRPORecipe
 from rewards.combination import total_range
 
@@ -145,11 +144,13 @@ class GRPO:
         self.session = session
         drop_after(self.attempt.dir, session.start)
         self.sync()
+        if self.evaluator is not None:
+            self.evaluator.note(self.attempt)
         if session.start == 0 and self.recipe.eval.at_start:
             self._evaluate_once()
         if not session.ended:
             self._train()
-        if self.recipe.eval.at_end and not is_due(self.recipe.eval.interval, session.done):
+        if self.recipe.eval.at_end:
             self._evaluate_once()
 
     def _train(self) -> None:
@@ -168,10 +169,9 @@ class GRPO:
         learner.train(keys_until(lambda: self.session.ended, self.session.start), skip_jit=True)
 
     def _evaluate_once(self) -> None:
-        """Writes the held-out metrics, unless an earlier attempt did after as many steps."""
-        done, rows = self.session.done, read_metrics(metrics_path(self.attempt.dir))
-        known = any(row["step"] == done and any(name.startswith("evaluation/") for name in row) for row in rows)
-        if self.evaluator is not None and not known:
+        """Writes the held-out metrics, unless they are known after as many steps."""
+        done = self.session.done
+        if self.evaluator is not None and not self.evaluator.is_known(self.attempt, done):
             self.session.writer.write(done, self.evaluate())
 
     def evaluate(self) -> dict[str, float]:
