@@ -195,6 +195,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     tokenizer.backend.save(folder, templates=templates)
 
 
+def generation_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """The ids of a generation_config.json, under its names.
+
+    An engine ends a completion at any of `eos_token_id`, so all of `stop_ids` are there: a chat ends its turns with
+    another token than the end of a text.
+    """
+    stops = list(tokenizer.stop_ids)
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
 # What a hub id looks like: a name, or an owner and a name.
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

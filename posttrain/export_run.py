@@ -1,6 +1,7 @@
 """The last stage of a pipeline: a checkpoint as a Hugging Face folder, and an engine that answers problems from it."""
 
 import contextlib
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,15 @@ from models.checkpoints.convert import Target, convert
 from models.checkpoints.hf_config import read_config
 from models.checkpoints.huggingface import import_hf
 from models.functional import FunctionalModel
-from models.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from models.tokenizer import Tokenizer, generation_ids, load_tokenizer, save_tokenizer
 from posttrain.data.problems import TAGS, load_all, prompt_set
 from posttrain.data.prompts import PromptRow
 from posttrain.rollouts import sample
 from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import best_engine, engine_settings, make_native
+from posttrain.samplers.model_folder import GENERATION_FILE
 from recipes.load import LoadedRecipe
-from recipes.rundir import create_run
+from recipes.rundir import create_run, write_atomically
 from recipes.schema import ExportRecipe, ModelSection, TokenizerSection
 from rewards.extraction import final_answer
 from rewards.normalization import canonical
@@ -66,11 +68,14 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Exported:
         # What an attempt left that ended in between is not known to be whole.
         shutil.rmtree(folder, ignore_errors=True)
         files = attempt.dir / "tokenizer"
-        save_tokenizer(load_tokenizer(recipe.tokenizer), files)
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        save_tokenizer(tokenizer, files)
+        # Ids that end a completion may be known from the file beside the tokenizer alone.
+        write_atomically(files / GENERATION_FILE, json.dumps(generation_ids(tokenizer)) + "\n")
         target = Target(format="hf", scan_layers=None, dtype=recipe.export.dtype, params_only=True, tokenizer=files)
         convert(Path(source), folder, target, config=None, from_step=None)
-        rows, tokenizer = _problems(recipe, folder)
-        engine, why, answers = _answers(recipe, folder, rows, tokenizer, recipe.export.max_completion_length)
+        rows, exported = _problems(recipe, folder)
+        engine, why, answers = _answers(recipe, folder, rows, exported, recipe.export.max_completion_length)
         return Exported(folder, engine, why, answers)
 
 

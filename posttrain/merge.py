@@ -18,7 +18,7 @@ from models.functional import FunctionalModel, Params
 from models.lora import join, merged, quantize_base
 from models.mesh import make_mesh
 from models.sharding import DEFAULT_RULES
-from models.tokenizer import load_tokenizer
+from models.tokenizer import generation_ids, load_tokenizer
 from pretrain.start import role_params
 from recipes.schema import MeshSection, ModelSection, TokenizerSection
 
@@ -113,10 +113,6 @@ def merged_params(stored: AdapterCheckpoint, step_dir: Path) -> Params:
     return merged(join(resting, pairs), adapters, stored.layout, dtype=base.dtype)
 
 
-def _token_ids(tokenizer: Path | None) -> dict[str, int]:
+def _token_ids(tokenizer: Path | None) -> dict[str, int | list[int]]:
     """The content of generation_config.json: the tokenizer's own ids."""
-    if tokenizer is None:
-        return {}
-    found = load_tokenizer(TokenizerSection(path=str(tokenizer)))
-    ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id, "pad_token_id": found.pad_id}
-    return {name: value for name, value in ids.items() if value is not None}
+    return {} if tokenizer is None else generation_ids(load_tokenizer(TokenizerSection(path=str(tokenizer))))

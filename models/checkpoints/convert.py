@@ -37,7 +37,7 @@ from models.checkpoints.restack import Layout, map_param_trees, restack_moments,
 from models.checkpoints.run_info import FORMAT
 from models.config import TransformerConfig
 from models.parameters import flatten, unflatten
-from models.tokenizer import load_tokenizer
+from models.tokenizer import generation_ids, load_tokenizer
 from recipes.schema import CheckpointSection, ModelSection, TokenizerSection
 
 logger = logging.getLogger(__name__)
@@ -183,9 +183,7 @@ def _generation(origin: Origin, tokenizer: Path | None) -> dict[str, Any]:
         return read_json(path)
     if tokenizer is None:
         return {}
-    found = load_tokenizer(TokenizerSection(path=str(tokenizer)))
-    ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id, "pad_token_id": found.pad_id}
-    return {name: value for name, value in ids.items() if value is not None}
+    return generation_ids(load_tokenizer(TokenizerSection(path=str(tokenizer))))
 
 
 def _write_maxtext(destination: Path, contents: Contents) -> Path:

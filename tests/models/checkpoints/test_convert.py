@@ -81,14 +81,35 @@ def test_parameters_through_hugging_face_and_back_are_the_same_bits(tmp_path: Pa
     assert (back.moments, int(back.step)) == (None, 0)
 
 
-def test_a_tokenizer_goes_into_the_folder_with_its_ids(tmp_path: Path) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3}
-    Tokenizer(WordLevel(words, unk_token="<pad>")).save(str(tokenizer / "tokenizer.json"))
+def write_tokenizer(folder: Path) -> Path:
+    """Four words, of which three are special, and one that may end a turn."""
+    folder.mkdir()
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "<end>": 4}
+    made = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    made.add_special_tokens(["<end>"])
+    made.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("named_by", ["chat template", "generation config"])
+def test_all_ids_that_end_a_completion_go_into_the_folder(tmp_path: Path, named_by: str) -> None:
+    """A chat's turn ends with another token than a text: an engine that knows the end of a text alone never stops."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    if named_by == "chat template":
+        (tokenizer / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<end>{% endfor %}")
+    else:
+        (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [4]}))
+    to = target("hf", tokenizer=tokenizer)
+    folder = convert(small_step(tmp_path), tmp_path / "hf", to, config=None, from_step=None).written
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((folder / name).read_text())["eos_token_id"] == [2, 4]
+
+
+def test_a_tokenizer_goes_into_the_folder_with_its_ids(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
     source = small_step(tmp_path)
     done = convert(source, tmp_path / "hf", target("hf", tokenizer=tokenizer), config=None, from_step=None)
     assert (done.written / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
