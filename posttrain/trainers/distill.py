@@ -24,6 +24,7 @@ from models.functional import FunctionalModel, Params
 from models.tokenizer import load_tokenizer
 from posttrain.bundle import FrozenRole, ModelBundle
 from posttrain.data.build import make_sft_pass
+from posttrain.held_facts import held_engine, held_role
 from posttrain.losses.distillation import TeacherHidden, TeacherTopK, distillation_loss
 from posttrain.losses.features import add_feature_loss, feature_loss
 from posttrain.samplers.choose import make_sampler
@@ -102,7 +103,13 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     recipe = loaded.recipe
     assert isinstance(recipe, DistillRecipe), recipe.kind
     with opened_run(recipe, argv, prepare) as (setup, attempt):
-        teacher: FrozenRole | None = load_teacher(recipe, setup)
+        teacher: FrozenRole | None = held_role(
+            attempt,
+            "teacher",
+            recipe.teacher,
+            lambda section: load_teacher(recipe.model_copy(update={"teacher": section}), setup),
+            where="teacher",
+        )
         assert teacher is not None
         teach: Callable[[Any], TaughtBatch] = make_teach(recipe.distill, teacher, setup.chunk_size)
         kept = None
@@ -185,7 +192,8 @@ def run_on_policy(
     length = recipe.data.sequence_length + 1
     # Adapters are merged for the engine, which has the plain model.
     plain = FunctionalModel(setup.config, recipe.model)
-    sampler = make_sampler(recipe.sampler, plain, tokenizer, folder=attempt.dir / "sampler", max_length=length)
+    section = held_engine(attempt, recipe.sampler, plain)
+    sampler = make_sampler(section, plain, tokenizer, folder=attempt.dir / "sampler", max_length=length)
     rows = StudentRows(recipe, setup, tokenizer, sampler)
 
     def loop(session: TrainingSession) -> None:

@@ -37,6 +37,7 @@ from posttrain.data.pairs import (
     make_preference_iterator,
     make_preference_pass,
 )
+from posttrain.held_facts import held_role
 from posttrain.losses.preference import PREFERENCES, preference_loss
 from posttrain.trainers.held_out import evaluate
 from posttrain.trainers.pair_scores import Score, ScoredPairs, Scores, cache_scores, pair_logprobs
@@ -123,7 +124,15 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     recipe = loaded.recipe
     assert isinstance(recipe, DPORecipe), recipe.kind
     with opened_run(recipe, argv, prepare) as (setup, attempt):
-        reference = load_reference(recipe, setup) if PREFERENCES[recipe.dpo.loss].needs_reference else None
+        reference = None
+        if PREFERENCES[recipe.dpo.loss].needs_reference:
+            reference = held_role(
+                attempt,
+                "reference",
+                recipe.model,
+                lambda section: load_reference(recipe.model_copy(update={"model": section}), setup),
+                where="model",
+            )
         if isinstance(reference, FrozenRole) and recipe.dpo.reference == "cached":
             scores = cache_scores(setup, reference, open_passes(recipe, setup), attempt.dir)
             reference.release()

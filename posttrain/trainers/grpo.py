@@ -28,6 +28,7 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
 from posttrain.doctor import Doctor
+from posttrain.held_facts import held_engine
 from posttrain.ledger import TABLE_COLUMNS, drop_after, table, write_step
 from posttrain.reward_file import hold_to_reward_file
 from posttrain.rollout_log import ledger_rows, mismatch_metrics, rollout_metrics, unlearnt
@@ -36,7 +37,7 @@ from posttrain.samplers.base import Sampler, Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import (
     Prompts,
-    load_reference,
+    held_reference,
     make_evaluator,
     prepare,
     sampled_model,
@@ -86,9 +87,8 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
             with activation_mesh(setup.mesh, setup.rules), Judge(recipe.rewards, reward_file=reward_file) as judge:
                 folder = attempt.dir / "sampler"
                 model = sampled_model(setup)
-                sampler = make_sampler(
-                    recipe.sampler, model, tokenizer, folder=folder, max_length=recipe.rl.longest_sequence
-                )
+                section = held_engine(attempt, recipe.sampler, model)
+                sampler = make_sampler(section, model, tokenizer, folder=folder, max_length=recipe.rl.longest_sequence)
                 try:
                     return GRPO(recipe, setup, prompts, tokenizer, sampler, judge, attempt).run()
                 finally:
@@ -110,7 +110,7 @@ class GRPO:
     ) -> None:
         self.recipe, self.setup, self.prompts, self.tokenizer = recipe, setup, prompts, tokenizer
         self.sampler, self.judge, self.attempt = sampler, judge, attempt
-        self.bundle = ModelBundle(setup, reference=load_reference(recipe, setup))
+        self.bundle = ModelBundle(setup, reference=held_reference(recipe, setup, attempt))
         temperature = recipe.sampler.temperature
         score = partial(make_scorer, setup, temperature=temperature)
         self.score, self.score_reference = score(), score(role=self.bundle.reference)

@@ -12,9 +12,11 @@ from posttrain.bundle import AdapterBase, Role, freeze
 from posttrain.data.problems import ClosablePrompts, load_all, prompt_set, prompt_stream
 from posttrain.data.prompts import PromptRow
 from posttrain.evaluate import Evaluator
+from posttrain.held_facts import held_role
 from posttrain.rollouts import Judge
 from pretrain.setup import ModelSetup, SessionSetup, prepare_model
 from pretrain.start import role_params
+from recipes.rundir import Run
 from recipes.schema import GRPORecipe, ModelSection, ProblemsRecipe
 
 
@@ -53,6 +55,15 @@ def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Pro
         )
     stream = prompt_stream(prompts.rows, data)
     return SessionSetup(**vars(parts), train_iterator=stream), Prompts(stream, held_out.rows if held_out else ())
+
+
+def held_reference(recipe: GRPORecipe, setup: ModelSetup, attempt: Run) -> Role | None:
+    """The reference that the run began with; None where nothing is measured against it. Errors as in `held_role`."""
+
+    def load(section: ModelSection) -> Role | None:
+        return load_reference(recipe.model_copy(update={"model": section}), setup)
+
+    return held_role(attempt, "reference", recipe.model, load, where="model") if recipe.rl.beta else None
 
 
 def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> Role | None:
