@@ -218,7 +218,7 @@ stages:
 
 
 def test_from_random_weights_to_answers_of_the_exported_model(tmp_path, monkeypatch, capsys):
-    """Linen to NNX to Hugging Face; stopped in the middle of SFT, it goes on to the bits of a run that was not."""
+    """Linen to NNX to Hugging Face; stopped amid SFT and moved, it goes on to the bits of a straight run."""
     file = tmp_path / "p.yaml"
     file.write_text(TINY)
     monkeypatch.chdir(tmp_path)
@@ -235,7 +235,8 @@ def test_from_random_weights_to_answers_of_the_exported_model(tmp_path, monkeypa
     assert cli.main(["pipeline", str(file), "run.dir=stopped", *short]) == 130
     monkeypatch.setattr(TrainingSession, "step", step)
     shutil.copytree("stopped", "straight", ignore=shutil.ignore_patterns("sft"))
-    assert cli.main(["pipeline", str(file), "run.dir=stopped", *short]) == 0
+    Path("stopped").rename("moved")
+    assert cli.main(["pipeline", str(file), "run.dir=moved", *short]) == 0
     out = capsys.readouterr().out
     assert "pretrain (pretrain): done already" in out and "continues at step 1" in out
 
@@ -252,7 +253,7 @@ def test_from_random_weights_to_answers_of_the_exported_model(tmp_path, monkeypa
     # `posttrain report` takes the pipeline's folder, too.
     assert [run.name for run in open_runs([tmp_path / "straight"])] == ["pretrain", "sft", "eval_sft"]
     assert read_config(tmp_path / "straight" / "export" / "model").embed_dim == 32
-    runs = [tmp_path / name / "sft" for name in ("straight", "stopped")]
+    runs = [tmp_path / name / "sft" for name in ("straight", "moved")]
     losses = [[row["learning/loss"] for row in read_metrics(metrics_path(run))] for run in runs]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert_same_bits(*(saved(run, 2) for run in runs))
