@@ -1,6 +1,7 @@
 """Reinforcement learning with the native engine: resumption to the bit, its ledger, and what ends a run early."""
 
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from pretrain.guard import NonFiniteError
 from pretrain.session import TrainingSession, step_options
 from pretrain.step import ROWS, accumulate
 from recipes.metrics import read_metrics
-from recipes.rundir import checkpoint_dir, checkpoints_dir, metrics_path
+from recipes.rundir import checkpoint_dir, checkpoints_dir, metrics_path, read_attempts
 from tests.posttrain.trainers.runs import assert_near, initial, load, train
 from tests.pretrain.runs import assert_same_bits, losses, rows, saved
 
@@ -31,6 +32,8 @@ from tests.pretrain.runs import assert_same_bits, losses, rows, saved
 LINEAR = ("schedule.kind=linear", "schedule.steps=4")
 CASES = {
     "one update": ("grpo", *LINEAR, "data.eval_path=PATH", "data.num_eval_problems=2", "eval.num_samples=0"),
+    # So few problems that an epoch ends within a step, which then defers a prompt that it has seen.
+    "resampled": ("grpo", *LINEAR, "rl.max_resamples=3", "data.num_problems=5"),
     "two updates": ("grpo", *LINEAR, "rl.num_iterations=2", "rl.beta=0.05", "rl.loss_algo=gspo-token"),
 }
 
@@ -99,8 +102,14 @@ def test_a_run_resumed_after_two_of_four_steps_is_the_straight_run_with_its_ledg
     for step in (1, 2, 3, 4):
         one, other = (completions_path(run.run_dir, step).read_bytes() for run in (resumed, whole))
         assert one == other, step
+    attempts = read_attempts(run_dir)
+    assert [one["sampler_engine"] for one in attempts] == ["native"] * 2
+    # Only where the divergence from it has a weight.
+    references = [one.get("reference") for one in attempts]
+    assert references[0] == references[1] and (references[0] is not None) == (case == "two updates")
     prompts = [one["prompt_id"] for step in (1, 2, 3, 4) for one in read_step(run_dir, step)]
-    assert all(prompts.count(prompt) == 4 for prompt in prompts), "each prompt once, in a group of four"
+    once = all(prompts.count(prompt) == 4 for prompt in prompts)
+    assert once or case == "resampled", "each prompt once, in a group of four"
     if case == "one update":
         # Held-out problems are tried before the first step and after the last, by whichever attempt makes those.
         assert rows(run_dir, "evaluation/greedy") == rows(whole.run_dir, "evaluation/greedy")
@@ -108,18 +117,38 @@ def test_a_run_resumed_after_two_of_four_steps_is_the_straight_run_with_its_ledg
         assert list(rows(run_dir, "evaluation/greedy")) == [0, 4], "a finished run has nothing left to do"
 
 
+def test_the_resampled_case_replaces_groups_on_both_sides_of_the_save_and_saves_a_deferred_prompt(
+    straight: dict[str, Any],
+) -> None:
+    """So that its resumption is what it says; the ledger and the log have what was replaced."""
+    run_dir = straight["resampled"].run_dir
+    resampled, tokens = (rows(run_dir, name) for name in ("groups/resampled", "completions/tokens"))
+    assert resampled[1] + resampled[2] > 0 and resampled[3] + resampled[4] > 0
+    for step in (1, 2, 3, 4):
+        ledger = read_step(run_dir, step)
+        assert sum(one["counted"] for one in ledger) == 8 and len(ledger) == 8 + 4 * resampled[step]
+        assert sum(len(one["completion_ids"]) for one in ledger) == tokens[step]
+    (host,) = json.loads((checkpoint_dir(run_dir, 2) / "run.json").read_text())["data_state"]["hosts"]
+    assert host["deferred"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_ledger_holds_the_trainers_log_probabilities_before_any_update(straight: dict[str, Any], case: str) -> None:
     """Those of the sampler, on one device in float32, also where a step makes several updates."""
     for step in (1, 2, 3, 4):
         for one in read_step(straight[case].run_dir, step):
-            assert one["counted"] and one["weight_version"] == step - 1
+            assert one["weight_version"] == step - 1 and (one["counted"] or case == "resampled")
+            if not one["counted"]:
+                assert one["trainer_logps"] is None
+                continue
             np.testing.assert_allclose(one["trainer_logps"], one["sampler_logps"], atol=1e-4)
 
 
 def test_completions_are_shown_in_tables_every_few_steps(straight: dict[str, Any]) -> None:
     """Of each run the third step's first five."""
-    assert [(step, name, len(rows)) for step, name, _, rows in straight["tables"]] == [(3, "completions", 5)] * 2
+    assert [(step, name, len(rows)) for step, name, _, rows in straight["tables"]] == [(3, "completions", 5)] * len(
+        CASES
+    )
     _, _, columns, rows = straight["tables"][0]
     for row, one in zip(rows, read_step(straight["one update"].run_dir, 3)[:5], strict=True):
         found = dict(zip(columns, row, strict=True))
@@ -151,7 +180,7 @@ def test_the_schedule_counts_steps_however_many_updates_each_makes(straight: dic
 
 def test_a_step_that_is_saved_has_its_completions_on_disk(straight: dict[str, Any]) -> None:
     """A kill right after the save must not leave a step whose completions are never written."""
-    assert straight["recorded at saves"] == [[1, 2], [1, 2, 3, 4]] * 2
+    assert straight["recorded at saves"] == [[1, 2], [1, 2, 3, 4]] * len(CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ from models.checkpoints.manager import list_steps
 from models.parameters import flatten
 from posttrain.bundle import FrozenRole
 from posttrain.trainers import distill, dpo, teaching
-from recipes.rundir import checkpoint_dir, checkpoints_dir
+from recipes.rundir import checkpoint_dir, checkpoints_dir, read_attempts
 from tests.posttrain.trainers.runs import train
 from tests.pretrain.runs import assert_same_bits, losses, saved
 
@@ -49,6 +49,11 @@ def test_three_steps_and_three_resumed_ones_are_six(folder: Path, case: str) -> 
     resumed = train(kind, folder, f"{case} resumed", "checkpoint.interval=3", "run.resume=must", *overrides)
     assert len(set(losses(straight.run_dir).values())) == 6
     assert_same_run(resumed, straight, 3, 6)
+    # Each attempt notes the frozen model that it went with, and holds to it.
+    name = {"dpo": "reference", "distill": "teacher"}.get(kind)
+    if name is not None:
+        first, second = (one[name] for one in read_attempts(resumed.run_dir))
+        assert first == second and first["checksum"]
 
 
 def test_the_oracle_of_resumption_sees_a_lost_data_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
