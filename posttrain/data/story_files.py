@@ -32,8 +32,8 @@ that."""
 LARGEST = 50
 """Bound on all numbers: there are a quarter as many sums below 50 as below 100 to learn from the same text."""
 SHARES = Shares(drills=0.4, sums=0.15, stories=0.1)
-"""Much of the text drills single steps: a policy that calculates badly hears from its rewards of its sums alone. A third
-are solved stories: with a fifth, some seeds did not find out that the verb decides the operation."""
+"""Much of the text drills single steps: a policy that calculates badly hears from its rewards of its sums alone. A
+third are solved stories: with a fifth, some seeds did not find out that the verb decides the operation."""
 PRETRAINING_SEED = 1_000_003
 """Added to the seed of pretraining's documents, so that they are not the stories of the later stages."""
 
