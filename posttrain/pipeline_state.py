@@ -32,7 +32,7 @@ BEGUN_NAME = "begun.json"
 DONE_NAME = "stage.json"
 REWARDED_KINDS = ("grpo", "eval")
 """Kinds whose numbers a user's reward file decides too."""
-_DECIDES_WHAT_IS_DONE = re.compile(r"eval\..*|data\.eval_.*|train\.steps|rewards\.on_failure")
+_DECIDES_WHAT_IS_DONE = re.compile(r"eval\..*|data\.eval_.*|train\.steps|rewards\.on_failure|rl\.max_resamples")
 """Keys that a run may change when it goes on, and that yet make another result of a stage."""
 
 _READ_BY_EVALUATION = re.compile(

@@ -38,7 +38,8 @@ _FREE_ON_RESUME = re.compile(
     # What watches a run of reinforcement learning, and what its processes may use. sampler.num_slots is not among them:
     # sums over another number of slots differ in the last bit.
     r"|doctor\..*|sampler\.(engine|memory_gib|memory_share|timeout_seconds)"
-    r"|rewards\.(on_failure|changed_file|num_workers|(timeout|call|start)_seconds)"
+    # And what an error about a step's rewards asks for, so that the run can go on.
+    r"|rl\.max_resamples|rewards\.(on_failure|changed_file|num_workers|(timeout|call|start)_seconds)"
     r"|train\.(steps|on_nonfinite|shardy|loss_chunk_size)|optimizer\.(memory|shard_over_data)|model\.(remat|attention)"
 )
 

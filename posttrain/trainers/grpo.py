@@ -247,7 +247,8 @@ class GRPO:
             self._record_unlearnt(rollout.sampled())
             raise ValueError(
                 f"step {self.session.done + 1}: none of {len(rollout.sequences)} completions may be learnt from: their "
-                "rewards failed or they were truncated; see rewards.on_failure and rl.mask_truncated"
+                "rewards failed, or they were truncated; the ledger has them; set rewards.on_failure=zero, or begin "
+                "a run with a longer rl.max_completion_length or without rl.mask_truncated"
             )
         rl = self.recipe.rl
         return pack(

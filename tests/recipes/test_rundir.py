@@ -260,6 +260,8 @@ def test_what_does_not_decide_the_numbers_may_change_and_is_recorded_while_the_f
         ("rewards.start_seconds", True),
         ("rewards.on_failure", True),
         ("rewards.changed_file", True),
+        ("rl.max_resamples", True),
+        ("rl.mask_truncated", False),
         ("rewards.functions.length", False),
         ("rewards.options.length.target", False),
     ],
