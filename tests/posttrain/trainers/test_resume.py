@@ -56,6 +56,20 @@ def test_three_steps_and_three_resumed_ones_are_six(folder: Path, case: str) -> 
         assert first == second and first["checksum"]
 
 
+@pytest.mark.slow
+def test_a_resumed_run_has_its_own_reference_though_the_run_that_gave_it_has_trained_on(folder: Path) -> None:
+    """The policy was that reference, so another one moves the divergence and the loss of the steps that follow."""
+    given = ("rl.beta=0.5", "train.steps=3", "checkpoint.interval=2", f"model.load_parameters_path={folder / 'source'}")
+    train("sft", folder, "source", "train.steps=1")
+    straight = train("grpo", folder, "grpo straight", *given)
+    train("grpo", folder, "grpo resumed", *given[:1], "train.steps=2", *given[2:])
+    train("sft", folder, "source", "train.steps=4")
+    resumed = train("grpo", folder, "grpo resumed", *given, "run.resume=must")
+    assert losses(resumed.run_dir) == losses(straight.run_dir)
+    assert_same_bits(resumed.state, straight.state)
+    assert resumed.metrics["policy/kl"] == straight.metrics["policy/kl"] > 0
+
+
 def test_the_oracle_of_resumption_sees_a_lost_data_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train("sft", folder, "forgetful", "train.steps=1")
     straight = train("sft", folder, "mindful", "train.steps=2")
