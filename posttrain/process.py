@@ -19,6 +19,10 @@ class PrintHandler(logging.Handler):
         print(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}", flush=True)
 
 
+def _of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Skipping non-TPU device")
+
+
 def start_process() -> None:
     """Shows our own log lines, and keeps compiled programs between commands."""
     handler = PrintHandler()
@@ -30,6 +34,9 @@ def start_process() -> None:
             package.addHandler(handler)
     # Orbax warns at every save without OCDBT, which the recipe chose.
     warnings.filterwarnings("ignore", category=UserWarning, module="orbax")
+    # vLLM looks at names of torch that are going away, and Tunix looks for a TPU's memory: neither can be acted upon.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("absl").addFilter(_of_use)
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "posttrain" / "jax"))
