@@ -45,8 +45,8 @@ def trained(folder: Path, framework: str, optimizer: str, steps: int) -> Path:
     ("first", "second", "optimizer", "options"),
     [
         ("linen", "nnx", "adamw", ["--verify", "--no-scan"]),
-        ("linen", "nnx", "adam_pax", []),
-        ("nnx", "linen", "adamw", []),
+        pytest.param("linen", "nnx", "adam_pax", [], marks=pytest.mark.slow),
+        pytest.param("nnx", "linen", "adamw", [], marks=pytest.mark.slow),
         ("nnx", "linen", "adam_pax", []),
     ],
 )

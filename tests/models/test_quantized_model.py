@@ -82,7 +82,7 @@ def test_every_kernel_of_the_layers_is_quantised_and_the_head_is_not(quantizatio
 @pytest.mark.parametrize(
     "changes",
     [
-        {"framework": "linen"},
+        pytest.param({"framework": "linen"}, marks=pytest.mark.slow),
         {"framework": "linen", "scan_layers": False, "remat": "full"},
         {"scan_layers": False, "remat": "minimal"},
     ],
@@ -150,6 +150,7 @@ def on_eight_devices() -> None:
         print(case, max(errors(actual, expected).values()))
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_eight_devices_give_one_devices_gradients(run_on_devices: Any) -> None:
     """To 5e-3 of each gradient's norm: sums in another order move some numbers to the next step."""

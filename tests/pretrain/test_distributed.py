@@ -159,6 +159,7 @@ def test_two_hosts_on_text_resume_to_their_straight_run_bit_for_bit(folder: Path
     runs.assert_same_bits(saved(folder / "text", 6), saved(folder / "text straight", 6))
 
 
+@pytest.mark.slow
 def test_a_run_saved_on_one_mesh_resumes_on_another(folder: Path) -> None:
     """Saved on 8 fsdp, resumed on 4 fsdp x 2 tensor: the straight run to 1e-6, with dropout, on real text."""
     section = ("train.per_device_batch_size=1", "train.steps=6")

@@ -149,7 +149,10 @@ def test_another_base_is_refused_by_its_checksum(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma2", "gpt2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mistral", "qwen2", "qwen3"))],
+)
 def test_adapters_equal_their_merged_model_and_both_as_others_read_them(
     reference: Callable[[str], Any], tmp_path: Path, family: str
 ) -> None:

@@ -74,6 +74,15 @@ def test_one_engine_at_a_time(process):
         process.claim()
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT as it is in a terminal; a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_wait_tells_the_work_and_the_next_call_starts_clean():
     thread, told, started = EngineThread(), threading.Event(), threading.Event()
 

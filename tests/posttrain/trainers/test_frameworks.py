@@ -18,7 +18,8 @@ CASES = {
 QUIET = ("checkpoint.enabled=false", "train.steps=4")
 
 
-@pytest.mark.parametrize("case", ["distill", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["distill", "dpo"])
 def test_linen_unrolled_has_the_curve_of_nnx_scanned(tmp_path: Path, case: str) -> None:
     """To 1e-5 over four steps, each on rows of its own, the teacher in the student's framework too."""
     kind, *more = CASES[case]
