@@ -246,6 +246,7 @@ def test_the_largest_phase_with_the_samplers_share_is_compared_with_the_memory(
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_the_command_prints_phases_beside_xlas_figures_of_a_real_step(capsys, tmp_path) -> None:
     """Twice, so that the second answer comes from the cache of compiled programs; figures are the same."""
     load("grpo", tmp_path, "run")

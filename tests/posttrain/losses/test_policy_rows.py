@@ -26,7 +26,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "gspo-token"])
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("gspo", marks=pytest.mark.slow), "gspo-token"])
 def test_packing_and_padding_change_nothing(algorithm, aggregation):
     sequences = draw(5, LENGTHS)
     settings = {"algorithm": algorithm, **EVERYTHING, **with_aggregation(aggregation)}

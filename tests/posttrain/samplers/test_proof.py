@@ -26,6 +26,7 @@ CONFIGS = {
 }
 LAYOUTS = {"scanned": {"scan_layers": True}, "scanned at 0": {"scan_layers": True, "param_scan_axis": 0}}
 LAYOUTS |= {"apart": {"scan_layers": False}}
+SOME_LAYOUTS = ["scanned", pytest.param("scanned at 0", marks=pytest.mark.slow), "apart"]
 
 
 def make_model(config: TransformerConfig = SMALL, **options: Any) -> FunctionalModel:
@@ -52,7 +53,7 @@ def hugging_face(model: FunctionalModel, params: Params) -> dict[str, np.ndarray
     return tensors
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SOME_LAYOUTS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_checksums_are_weighted_sums_of_bits_in_hugging_faces_layout(config, layout):
     model = make_model(CONFIGS[config], **LAYOUTS[layout])
@@ -100,7 +101,7 @@ def test_checksum_weights_are_odd_and_do_not_repeat():
     assert abs(proof.probe_vector(5000).mean()) < 0.05
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SOME_LAYOUTS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_layer_outputs_are_products_with_the_exported_weights(config, layout):
     model = make_model(CONFIGS[config], **LAYOUTS[layout])

@@ -57,6 +57,7 @@ def test_a_student_that_is_its_teacher_has_a_divergence_of_exactly_0_and_does_no
         assert_same_bits(result.state.params, initial(recipe, setup).params)
 
 
+@pytest.mark.slow
 def test_without_a_share_of_the_teacher_the_curve_is_fine_tunings(folder: Path) -> None:
     """To 1e-6 over six steps; and the teacher matters where it has a share."""
     tuned = losses(train("sft", folder, "tuned", QUIET).run_dir)

@@ -90,6 +90,7 @@ def test_a_run_completes_lines_of_a_file_and_writes_what_is_known_of_each(run, t
     assert rows(again) == found[:2]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_the_same_model_and_takes_prompts_for_messages(run, trained, exported, tmp_path):
     options = ["--engine", "native", "--max-tokens", 8, "--temperature", 0, "--out", "-"]
     plain = [json.loads(run("generate", model, "-p", "Hi", "--no-chat", *options)[1]) for model in (trained, exported)]
