@@ -106,7 +106,8 @@ def require_base(base: Params, info: RunInfo, step_dir: Path) -> None:
         named = trained_on.path or "random weights of the run's seed"
         raise ValueError(
             f"{step_dir}: base: its checksum is {found}, and the adapters were trained on {trained_on.checksum} "
-            f"({named}): adapters mean nothing on another base; name the weights that they were trained on"
+            f"({named}): adapters mean nothing on another base, and a later step of the same run is another; put the "
+            "weights that they were trained on back there, or name them"
         )
 
 
