@@ -9,13 +9,23 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from posttrain.samplers.base import SamplerError
 
 T = TypeVar("T")
+
+# A signal that comes just before a thread blocks is seen only when it wakes, so no wait is longer than this.
+LONGEST_SLEEP = 0.25
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call came to: its result, or what it raised."""
+
+    result: Any = None
+    error: BaseException | None = None
 
 
 @dataclass
@@ -46,7 +56,8 @@ class EngineThread:
     """The thread on which vLLM runs. Calls are made from any one thread, and end in bounded time."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        # Simple queues, because an interrupt cannot leave their locks held.
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Answer]] | None] = queue.SimpleQueue()
         self._last_sign = time.monotonic()
         self.interrupted = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
@@ -54,14 +65,14 @@ class EngineThread:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            work, future = call
+            work, answers = call
             self.interrupted.clear()
             self.sign_of_life()
             try:
-                future.set_result(work())
+                answers.put(Answer(result=work()))
             except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
-                future.set_exception(error)
-            del call, work, future
+                answers.put(Answer(error=error))
+            del call, work, answers
 
     def sign_of_life(self) -> None:
         """Says that work goes on; starts the wait anew."""
@@ -78,22 +89,29 @@ class EngineThread:
         Raises:
             SamplerError: it stopped answering, or raised anything but a ValueError or a SamplerError of ours.
         """
-        future: Future = Future()
+        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self.sign_of_life()
         try:
-            self._calls.put((work, future))
-            while not future.done():
-                left = self._last_sign + seconds - time.monotonic()
-                if left <= 0:
-                    raise spoil(f"gave no sign of life for {seconds:g} s while {what}")
-                wait([future], timeout=left)
+            self._calls.put((work, answers))
+            answer = self._await(answers, what=what, seconds=seconds)
         except KeyboardInterrupt:
             self.interrupted.set()
             raise
-        error = future.exception()
-        if error is None or isinstance(error, SamplerError):
-            return future.result()
+        error = answer.error
+        if error is None:
+            return answer.result
+        if isinstance(error, SamplerError):
+            raise error
         raise spoil(f"failed while {what} ({type(error).__name__}: {_first_line(error)})") from error
+
+    def _await(self, answers: "queue.SimpleQueue[Answer]", *, what: str, seconds: float) -> Answer:
+        while True:
+            left = self._last_sign + seconds - time.monotonic()
+            try:
+                return answers.get(timeout=min(max(left, 0), LONGEST_SLEEP))
+            except queue.Empty:
+                if left <= 0:
+                    raise spoil(f"gave no sign of life for {seconds:g} s while {what}") from None
 
     def end(self) -> None:
         """Lets the thread end once its calls are done."""
