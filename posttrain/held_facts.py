@@ -1,7 +1,8 @@
 """What a run found out when it began and its recipe does not say, and holds to when it goes on.
 
-A recipe names a run whose newest step is the reference, and that run may train on; it leaves the engine to what is
-installed. Both decide numbers, so an attempt's record notes them, and a later one takes the same or says why it cannot.
+A recipe names a run whose newest step is what it starts from, and that run may train on; it leaves the engine to what
+is installed. Both decide numbers, so an attempt's record notes them, and a later one takes the same or says why it
+cannot.
 """
 
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from models.checkpoints.loader import find_step_dir
+from models.checkpoints.store import gather_text
 from models.functional import FunctionalModel
 from posttrain.bundle import FrozenRole
 from posttrain.samplers.choose import best_engine
@@ -20,9 +22,44 @@ logger = logging.getLogger(__name__)
 
 ENGINE = "sampler_engine"
 """The entry of an attempt's record: the engine's name."""
+WEIGHTS = "weights"
+"""The entry of an attempt's record: the step of the checkpoint that the policy started from."""
+BASE = "base"
+"""What is left of those weights where adapters are trained, as errors call it."""
 
 
 AnyRole = TypeVar("AnyRole")
+
+
+def held_weights(attempt: Run, section: ModelSection, model: FunctionalModel) -> ModelSection:
+    """The section with one step in place of a run's folder, so that all who read these weights read the same.
+
+    The step is found out once, and by the main process for all of them: policy, base and reference are read one after
+    the other, and the run that gives them may save in between. An attempt that goes on reads the base under its
+    adapters anew, and takes the step that the run began with, whatever was saved since; of other policies it reads no
+    more than the run's own checkpoint.
+
+    Args:
+        attempt: the attempt, whose record notes the step.
+        section: the recipe's, which names the policy's first weights.
+        model: the policy.
+
+    Raises:
+        ValueError: the run has adapters, and the step that it began with is gone.
+    """
+    if section.load_parameters_path is None:
+        return section
+    key, step = "model.load_parameters_path", None
+    if attempt.resume_step is not None:
+        before = _earlier(attempt, WEIGHTS)
+        if before is None or model.adapters is None:
+            return section
+        step = before["step"]
+    newest = find_step_dir(Path(section.load_parameters_path).expanduser(), where=key)
+    step = gather_text(newest.name)[0] if step is None else step
+    section = _with_step(attempt, BASE if model.adapters is not None else WEIGHTS, section, newest, step, key)
+    record_fact(attempt, WEIGHTS, {"step": step})
+    return section
 
 
 def held_role(
@@ -50,7 +87,8 @@ def held_role(
         newest = find_step_dir(Path(section.load_parameters_path).expanduser(), where=key)
         step = newest.name
         if before is not None and before["step"] != step:
-            section, step = _with_step(attempt, name, section, newest, before["step"], key), before["step"]
+            step = before["step"]
+            section = _with_step(attempt, name, section, newest, step, key)
     role = load(section)
     if not isinstance(role, FrozenRole):
         return role
@@ -66,15 +104,17 @@ def held_role(
 
 
 def _with_step(attempt: Run, name: str, section: ModelSection, newest: Path, step: str, key: str) -> ModelSection:
-    """The section with the step that the run began with in place of the newest."""
-    chosen = newest.parent / str(step)
+    """The section with the step that the run began with, which may be the newest, in place of what it names."""
+    chosen = newest.parent / step
     if not chosen.is_dir():
         raise ValueError(
             f"{key}={section.load_parameters_path}: the run {attempt.dir} began with its step {step} as its {name}, "
             f"which is gone, and the newest is {newest.name}: the {name} would be another; put {chosen} back, or "
             "choose another run.dir"
         )
-    logger.info("the %s is step %s of %s, as when the run began, though there is step %s", name, step, key, newest.name)
+    if step != newest.name:
+        said = "the %s is step %s of %s, as when the run began, though there is step %s"
+        logger.info(said, name, step, key, newest.name)
     return section.model_copy(update={"load_parameters_path": str(chosen)})
 
 

@@ -30,7 +30,7 @@ from pretrain.state import TrainState
 from pretrain.step import ROWS, Batch, Metrics, StepOptions
 from recipes.metrics import MetricsWriter, open_metrics
 from recipes.rundir import Run, checkpoints_dir, profile_dir, record_devices, wandb_id_path
-from recipes.schema import TrainingRecipe, recipe_hash
+from recipes.schema import ModelSection, TrainingRecipe, recipe_hash
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,13 @@ def drive(session: TrainingSession) -> None:
 
 
 def run_session(
-    recipe: TrainingRecipe, setup: SessionSetup, work: Work, attempt: Run, *, loop: Callable[[TrainingSession], None]
+    recipe: TrainingRecipe,
+    setup: SessionSetup,
+    work: Work,
+    attempt: Run,
+    *,
+    weights: ModelSection,
+    loop: Callable[[TrainingSession], None],
 ) -> Result:
     """Runs an attempt from its first state, or the one it resumes, to its last step; closes what it opened.
 
@@ -271,18 +277,19 @@ def run_session(
         setup: its parts, which are closed at the end.
         work: what it does at each step.
         attempt: its directory.
+        weights: the recipe's model; where it names a run's folder, the step of it may stand in its place.
         loop: calls the session's `next_batch` and `step` until there is no batch.
     """
     record_devices(attempt, [f"{device.device_kind} {device.id}" for device in setup.mesh.devices.flat])
     rows = setup.plan.rows_trained * setup.plan.microbatches
     identity = Identity(
-        setup.config, recipe.model, recipe_hash(recipe), recipe.train.seed, rows, adapters=setup.model.adapters
+        setup.config, weights, recipe_hash(recipe), recipe.train.seed, rows, adapters=setup.model.adapters
     )
     folder = checkpoints_dir(attempt.dir)
     manager = open_manager(folder, recipe.checkpoint) if recipe.checkpoint.enabled else None
     trace = Trace(profile_dir(attempt.dir), recipe.logging.profile_steps)
     try:
-        state, skipped = first_state(recipe, setup, identity, folder)
+        state, skipped = first_state(recipe.model_copy(update={"model": weights}), setup, identity, folder)
         identity = identity.with_base(state.params)
         writer = open_metrics(attempt, recipe, restored_step=int(state.step), total_steps=recipe.train.steps)
         with writer, StopRequest() as stop:

@@ -50,7 +50,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
             logger.info(attempt.story)
             with activation_mesh(setup.mesh, setup.rules):
                 work = token_work(recipe, setup, sequence_length=recipe.data.sequence_length)
-                return run_session(recipe, setup, work, attempt, loop=drive)
+                return run_session(recipe, setup, work, attempt, weights=recipe.model, loop=drive)
 
 
 def token_work(recipe: RowsRecipe, setup: Setup, *, sequence_length: int) -> Work:

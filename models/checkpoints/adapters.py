@@ -28,7 +28,7 @@ class BaseInfo:
 
     source: Literal["huggingface", "checkpoint", "random"]
     path: str | None
-    """As the recipe named it; None for random weights, which follow from the run's seed."""
+    """As the recipe named it, a run with its step; None for random weights, which follow from the run's seed."""
     dtype: str
     """Of its parameters, before any of them was quantised."""
     checksum: str

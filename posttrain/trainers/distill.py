@@ -24,7 +24,7 @@ from models.functional import FunctionalModel, Params
 from models.tokenizer import load_tokenizer
 from posttrain.bundle import FrozenRole, ModelBundle
 from posttrain.data.build import make_sft_pass
-from posttrain.held_facts import held_engine, held_role
+from posttrain.held_facts import held_engine, held_role, held_weights
 from posttrain.losses.distillation import TeacherHidden, TeacherTopK, distillation_loss
 from posttrain.losses.features import add_feature_loss, feature_loss
 from posttrain.samplers.choose import make_sampler
@@ -46,7 +46,7 @@ from pretrain.sums import LossOutput, Mean
 from pretrain.trainer import token_work
 from recipes.load import LoadedRecipe
 from recipes.rundir import Run
-from recipes.schema import DistillRecipe, DistillSection
+from recipes.schema import DistillRecipe, DistillSection, ModelSection
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +124,16 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
         if kept is not None:
             work = replace(work, next_batch=taught_batches(recipe, setup, kept))
         strategy = TeacherStrategy(teach)
+        weights = held_weights(attempt, recipe.model, setup.model)
         if recipe.distill.mode == "on_policy":
-            return run_on_policy(recipe, setup, work, attempt, bundle, strategy)
+            return run_on_policy(recipe, setup, work, attempt, bundle, strategy, weights)
         return run_session(
-            recipe, setup, work, attempt, loop=lambda session: drive_with(Distiller(bundle, session, strategy))
+            recipe,
+            setup,
+            work,
+            attempt,
+            weights=weights,
+            loop=lambda session: drive_with(Distiller(bundle, session, strategy)),
         )
 
 
@@ -184,7 +190,13 @@ def taught_batches(recipe: DistillRecipe, setup: Setup, kept: TeacherCache) -> C
 
 
 def run_on_policy(
-    recipe: DistillRecipe, setup: Setup, work: Work, attempt: Run, bundle: ModelBundle, strategy: TeacherStrategy
+    recipe: DistillRecipe,
+    setup: Setup,
+    work: Work,
+    attempt: Run,
+    bundle: ModelBundle,
+    strategy: TeacherStrategy,
+    weights: ModelSection,
 ) -> Result:
     """As offline, but the student writes the answers."""
     require_one_process()
@@ -201,7 +213,8 @@ def run_on_policy(
         drive_with(Distiller(bundle, session, strategy))
 
     try:
-        return run_session(recipe, setup, replace(work, next_batch=rows.next_batch), attempt, loop=loop)
+        work = replace(work, next_batch=rows.next_batch)
+        return run_session(recipe, setup, work, attempt, weights=weights, loop=loop)
     finally:
         sampler.close()
 

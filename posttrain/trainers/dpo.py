@@ -37,7 +37,7 @@ from posttrain.data.pairs import (
     make_preference_iterator,
     make_preference_pass,
 )
-from posttrain.held_facts import held_role
+from posttrain.held_facts import held_role, held_weights
 from posttrain.losses.preference import PREFERENCES, preference_loss
 from posttrain.trainers.held_out import evaluate
 from posttrain.trainers.pair_scores import Score, ScoredPairs, Scores, cache_scores, pair_logprobs
@@ -124,12 +124,13 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
     recipe = loaded.recipe
     assert isinstance(recipe, DPORecipe), recipe.kind
     with opened_run(recipe, argv, prepare) as (setup, attempt):
+        weights = held_weights(attempt, recipe.model, setup.model)
         reference = None
         if PREFERENCES[recipe.dpo.loss].needs_reference:
             reference = held_role(
                 attempt,
                 "reference",
-                recipe.model,
+                weights,
                 lambda section: load_reference(recipe.model_copy(update={"model": section}), setup),
                 where="model",
             )
@@ -148,6 +149,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
             setup,
             work,
             attempt,
+            weights=weights,
             loop=lambda session: drive_with(PreferenceTrainer(bundle, session, scores.train)),
         )
 

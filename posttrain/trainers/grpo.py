@@ -28,7 +28,7 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
 from posttrain.doctor import Doctor
-from posttrain.held_facts import held_engine
+from posttrain.held_facts import held_engine, held_weights
 from posttrain.ledger import TABLE_COLUMNS, drop_after, table, write_step
 from posttrain.reward_file import hold_to_reward_file
 from posttrain.rollout_log import ledger_rows, mismatch_metrics, rollout_metrics, unlearnt
@@ -110,7 +110,8 @@ class GRPO:
     ) -> None:
         self.recipe, self.setup, self.prompts, self.tokenizer = recipe, setup, prompts, tokenizer
         self.sampler, self.judge, self.attempt = sampler, judge, attempt
-        self.bundle = ModelBundle(setup, reference=held_reference(recipe, setup, attempt))
+        self.weights = held_weights(attempt, recipe.model, setup.model)
+        self.bundle = ModelBundle(setup, reference=held_reference(recipe, setup, attempt, self.weights))
         temperature = recipe.sampler.temperature
         score = partial(make_scorer, setup, temperature=temperature)
         self.score, self.score_reference = score(), score(role=self.bundle.reference)
@@ -138,7 +139,7 @@ class GRPO:
             tokens=lambda row: row["completions/trained_tokens"],
             before_save=self.bundle.require_frozen,
         )
-        return run_session(self.recipe, self.setup, work, self.attempt, loop=self._loop)
+        return run_session(self.recipe, self.setup, work, self.attempt, weights=self.weights, loop=self._loop)
 
     def _loop(self, session: TrainingSession) -> None:
         self.session = session

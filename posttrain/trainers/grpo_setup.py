@@ -57,13 +57,20 @@ def prepare(recipe: GRPORecipe, tokenizer: Tokenizer) -> tuple[SessionSetup, Pro
     return SessionSetup(**vars(parts), train_iterator=stream), Prompts(stream, held_out.rows if held_out else ())
 
 
-def held_reference(recipe: GRPORecipe, setup: ModelSetup, attempt: Run) -> Role | None:
-    """The reference that the run began with; None where nothing is measured against it. Errors as in `held_role`."""
+def held_reference(recipe: GRPORecipe, setup: ModelSetup, attempt: Run, weights: ModelSection) -> Role | None:
+    """The reference that the run began with; None where nothing is measured against it. Errors as in `held_role`.
+
+    Args:
+        recipe: of the run.
+        setup: its policy.
+        attempt: the attempt.
+        weights: what the policy starts from.
+    """
 
     def load(section: ModelSection) -> Role | None:
         return load_reference(recipe.model_copy(update={"model": section}), setup)
 
-    return held_role(attempt, "reference", recipe.model, load, where="model") if recipe.rl.beta else None
+    return held_role(attempt, "reference", weights, load, where="model") if recipe.rl.beta else None
 
 
 def load_reference(recipe: GRPORecipe, setup: ModelSetup) -> Role | None:

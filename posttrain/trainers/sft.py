@@ -16,6 +16,7 @@ from tunix.sft.peft_trainer import PeftTrainer
 
 from posttrain.bundle import ModelBundle
 from posttrain.data.build import make_sft_eval_iterator, make_sft_iterator
+from posttrain.held_facts import held_weights
 from posttrain.trainers.row_runs import opened_run, row_reading
 from posttrain.trainers.tunix_loop import NO_OPTIMIZER, attach, drive_with, driven_config, session_step, silent_logger
 from pretrain.losses import make_loss_fn
@@ -62,7 +63,15 @@ def run(loaded: LoadedRecipe, argv: Sequence[str]) -> Result:
         bundle = ModelBundle(setup)
         logger.info(bundle.memory_table(recipe.optimizer, row_length=recipe.data.sequence_length))
         work = token_work(recipe, setup, sequence_length=recipe.data.sequence_length)
-        return run_session(recipe, setup, work, attempt, loop=lambda session: drive_with(SFTTrainer(bundle, session)))
+        weights = held_weights(attempt, recipe.model, setup.model)
+        return run_session(
+            recipe,
+            setup,
+            work,
+            attempt,
+            weights=weights,
+            loop=lambda session: drive_with(SFTTrainer(bundle, session)),
+        )
 
 
 def prepare_rows(recipe: SFTRecipe | DistillRecipe) -> Setup:

@@ -1,14 +1,15 @@
-"""What a run holds to though its recipe does not say it: the step that its reference is of, and its engine."""
+"""What a run holds to though its recipe does not say it: the steps that its models are of, and its engine."""
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from posttrain import held_facts
 from posttrain.bundle import FrozenRole
-from posttrain.held_facts import held_engine, held_role
+from posttrain.held_facts import held_engine, held_role, held_weights
 from recipes.load import load_recipe
 from recipes.rundir import create_run, manifest_path, read_attempts
 from recipes.schema import ModelSection, SamplerSection
@@ -37,6 +38,14 @@ class Source:
         section = ModelSection(load_parameters_path=str(self.folder))
         with create_run(load_recipe("grpo_stories", [f"run.dir={run}"]).recipe, [], True) as attempt:
             held_role(attempt, "reference", section, self.load, where="model")
+
+    def start(self, run: Path, *, adapters: bool) -> str | None:
+        """One attempt at a run that starts from this one; the path that it reads."""
+        model: Any = SimpleNamespace(adapters=object() if adapters else None)
+        with create_run(load_recipe("grpo_stories", [f"run.dir={run}"]).recipe, [], True) as attempt:
+            return held_weights(
+                attempt, ModelSection(load_parameters_path=str(self.folder)), model
+            ).load_parameters_path
 
 
 @pytest.fixture
@@ -94,6 +103,30 @@ def test_a_reference_that_is_gone_or_another_is_refused(tmp_path: Path, source: 
     (tmp_path / "aside").rename(step / "10")
     source.hold(run)
     assert source.loaded[-1] == "10"
+
+
+def test_the_step_that_a_run_starts_from_is_found_out_once_and_noted(tmp_path: Path, source: Source) -> None:
+    run, steps = tmp_path / "run", source.folder / "checkpoints"
+    assert source.start(run, adapters=False) == str(steps / "10")
+    assert read_attempts(run)[0]["weights"] == {"step": "10"}
+    source.save(20)
+    # Without a checkpoint it starts anew, from what there is.
+    assert source.start(run, adapters=False) == str(steps / "20")
+
+
+def test_a_base_is_that_of_the_runs_start_and_one_that_is_gone_is_refused(tmp_path: Path, source: Source) -> None:
+    run, steps = tmp_path / "run", source.folder / "checkpoints"
+    source.start(run, adapters=True)
+    commit(run)
+    source.save(20)
+    # A second attempt that goes on has the first one's record, and so has a third.
+    assert [source.start(run, adapters=True) for _ in range(2)] == [str(steps / "10")] * 2
+    (steps / "10").rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=r"began with its step 10 as its base, which is gone, and the newest is 20"):
+        source.start(run, adapters=True)
+    # What goes on without adapters reads its own checkpoint alone, and asks for no other.
+    (steps / "20").rename(tmp_path / "aside too")
+    assert source.start(run, adapters=False) == str(source.folder)
 
 
 def test_another_engine_than_the_runs_is_taken_only_where_the_recipe_names_it(

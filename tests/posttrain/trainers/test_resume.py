@@ -1,6 +1,7 @@
 """A post-training run that stopped and went on is the run that never stopped, bit for bit."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from models.checkpoints.manager import list_steps
 from models.parameters import flatten
 from posttrain.bundle import FrozenRole
-from posttrain.trainers import distill, dpo, teaching
+from posttrain.trainers import distill, dpo, grpo_setup, teaching
 from recipes.rundir import checkpoint_dir, checkpoints_dir, read_attempts
 from tests.posttrain.trainers.runs import train
 from tests.pretrain.runs import assert_same_bits, losses, saved
@@ -68,6 +69,62 @@ def test_a_resumed_run_has_its_own_reference_though_the_run_that_gave_it_has_tra
     assert losses(resumed.run_dir) == losses(straight.run_dir)
     assert_same_bits(resumed.state, straight.state)
     assert resumed.metrics["policy/kl"] == straight.metrics["policy/kl"] > 0
+
+
+@pytest.fixture
+def trained_on(folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run's checkpoints with step 1, and aside the step 2 that it will save."""
+    run = tmp_path / "source"
+    train("sft", folder, str(run), "train.steps=2", "checkpoint.interval=1")
+    checkpoint_dir(run, 2).rename(tmp_path / "2")
+    return checkpoints_dir(run), tmp_path / "2"
+
+
+def test_adapters_go_on_upon_their_own_base_though_the_run_that_gave_it_has_trained_on(
+    folder: Path, trained_on: tuple[Path, Path]
+) -> None:
+    (steps, later), name = trained_on, "adapters resumed"
+    given = ("lora.rank=2", f"model.load_parameters_path={steps.parent}")
+    train("sft", folder, name, *given, "train.steps=2")
+    later.rename(steps / "2")
+    resumed = train("sft", folder, name, *given, "train.steps=3", "run.resume=must")
+    straight = train("sft", folder, "adapters", given[0], f"model.load_parameters_path={steps / '1'}", "train.steps=3")
+    assert losses(resumed.run_dir) == losses(straight.run_dir)
+    assert_same_bits(resumed.state, straight.state)
+    (steps / "1").rename(later)
+    with pytest.raises(ValueError, match="began with its step 1 as its base, which is gone, and the newest is 2"):
+        train("sft", folder, name, *given, "train.steps=4", "run.resume=must")
+    other = train("sft", folder, str(later.parent / "other"), "train.steps=1", "train.seed=4")
+    checkpoint_dir(other.run_dir, 1).rename(steps / "1")
+    with pytest.raises(ValueError, match="base: its checksum is"):
+        train("sft", folder, name, *given, "train.steps=4", "run.resume=must")
+
+
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_policy_and_reference_are_of_one_step_though_another_is_saved_between_their_reads(
+    folder: Path, trained_on: tuple[Path, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then their log-probabilities are the same before the first update."""
+    (steps, later), module = trained_on, {"dpo": dpo, "grpo": grpo_setup}[kind]
+    load_reference: Any = module.load_reference
+
+    def loads_and_is_overtaken(*args: Any) -> Any:
+        role = load_reference(*args)
+        later.rename(steps / "2")
+        return role
+
+    monkeypatch.setattr(module, "load_reference", loads_and_is_overtaken)
+    given = ("rl.beta=0.5",) if kind == "grpo" else ()
+    run = train(
+        kind, folder, f"{kind} overtaken", f"model.load_parameters_path={steps.parent}", "train.steps=1", *given
+    )
+    assert (steps / "2").is_dir()
+    record = read_attempts(run.run_dir)[0]
+    assert record["weights"] == {"step": "1"} and record["reference"]["step"] == "1"
+    if kind == "dpo":
+        assert run.metrics["learning/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    else:
+        assert run.metrics["policy/kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_oracle_of_resumption_sees_a_lost_data_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
