@@ -42,7 +42,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                # Known before the handler is there, which may be called at once.
+                self._before[number] = signal.getsignal(number)
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -28,6 +28,8 @@ HEADLINES = {
 }
 WANDB_INIT_SECONDS = 30.0
 WANDB_FINISH_SECONDS = 120.0
+WANDB_OFFLINE_SECONDS = 120.0
+"""For what waits for this machine alone, which may be busy: W&B's own process, and a start offline."""
 
 
 class View(Protocol):
@@ -220,7 +222,8 @@ def _start_wandb(wandb: Any, mode: str, run: Run, recipe: Recipe, settings: Logg
         config=redact_values(effective_values(recipe)),
         # The command line and the environment may hold secrets, and provenance.json has what matters of them.
         settings=wandb.Settings(
-            init_timeout=WANDB_INIT_SECONDS,
+            init_timeout=WANDB_INIT_SECONDS if mode == "online" else WANDB_OFFLINE_SECONDS,
+            x_service_wait=WANDB_OFFLINE_SECONDS,
             login_timeout=1.0,
             finish_timeout=WANDB_FINISH_SECONDS,
             x_disable_meta=True,

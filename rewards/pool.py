@@ -36,6 +36,8 @@ SHARES = 4
 """A worker gets at most one part in this many of its share of the tasks, so that slow ones even out at the end."""
 TICK = 0.2
 """Seconds between looks at whether a busy worker still lives: what it forked may hold its socket open."""
+STOOD_STILL = 1.0
+"""Seconds after the end of a wait from which on this process, or the whole machine, must have stood still."""
 DYING = 1.0
 """Seconds that a worker whose socket closed is given to end by itself."""
 MOST_BAD_STARTS = 3
@@ -181,6 +183,11 @@ class RewardPool:
                 selector.register(worker.socket, selectors.EVENT_READ)
             nearest = min([until, *(worker.deadline for worker in self._workers if not worker.ready or worker.tasks)])
             selector.select(max(0.0, nearest - time.monotonic()))
+        if (late := time.monotonic() - nearest) > STOOD_STILL:
+            # The workers may have stood still too, so that no reward is to blame.
+            timed: list[WorkerProcess | _Call] = [*self._workers, *([] if call is None else [call])]
+            for one in timed:
+                one.deadline += late
         for worker in list(self._workers):
             # Asked before reading: what a worker sent before it ended is read all the same.
             ended = worker.has_ended()

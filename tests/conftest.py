@@ -116,7 +116,7 @@ getattr(module, {function!r})(*sys.argv[1:])
 
 
 def _run_on_devices(
-    count: int, work: str | Callable[..., object], *args: str, env: dict[str, str] | None = None, timeout: float = 300
+    count: int, work: str | Callable[..., object], *args: str, env: dict[str, str] | None = None, timeout: float = 500
 ) -> str:
     if callable(work):
         path = Path(work.__code__.co_filename)

@@ -18,7 +18,11 @@ def execute(name: str, folder: Path) -> list[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     # JAX's own messages and progress bars are no part of what a notebook shows.
     client = NotebookClient(
-        notebook, timeout=1500, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=1500,
+        startup_timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     return ["".join(out.get("text", "") for out in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]

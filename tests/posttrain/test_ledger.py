@@ -168,7 +168,7 @@ def test_a_file_is_whole_or_absent_after_a_kill(tmp_path: Path) -> None:
         [sys.executable, "-c", source, str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while len(recorded_steps(tmp_path)) < 3 and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(float(np.random.default_rng().uniform(0, 0.2)))

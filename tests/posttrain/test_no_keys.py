@@ -25,7 +25,7 @@ def posttrain(*arguments, home):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -98,7 +98,7 @@ def test_a_report_is_made_without_jax(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "attempt": 1, "time": 0.0, "policy/kl": 1.0}) + "\n")
     (tmp_path / "resolved.yaml").write_text("kind: grpo\ntokenizer: {path: bytes}\n")
     done = subprocess.run(
-        [sys.executable, "-c", OBSERVER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", OBSERVER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[] 0"

@@ -74,7 +74,7 @@ def test_a_signal_saves_the_state_and_the_next_attempt_is_the_straight_run(folde
     try:
         runs.wait_for_row(child, folder / "signal", step=4)
         child.send_signal(signal.SIGTERM)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=300)
     finally:
         runs.end(child)
     assert child.returncode == EXIT_INTERRUPTED == 75, err

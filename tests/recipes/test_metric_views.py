@@ -188,7 +188,7 @@ def test_wandb_gets_bounded_times_no_command_line_and_the_runs_id(tmp_path, fake
     assert arguments["resume"] == "allow" and Path(arguments["dir"]).is_relative_to(tmp_path)
     assert arguments["config"]["model"]["load_parameters_path"] == "<redacted>"
     assert arguments["config"]["train"]["steps"] == 20
-    assert 0 < module.settings["init_timeout"] <= 60 and 0 < module.settings["finish_timeout"] <= 300
+    assert 0 < module.settings["init_timeout"] <= 120 and 0 < module.settings["finish_timeout"] <= 300
     assert module.settings["x_disable_meta"] and module.settings["console"] == "off"
 
 
@@ -249,7 +249,7 @@ def test_real_wandb_writes_its_rows_offline_even_when_the_service_is_unreachable
     command = [sys.executable, "-c", REAL_WANDB, mode, str(tmp_path / "run"), "--api-key", "hidden-on-command-line"]
     began = time.monotonic()
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=120
+        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=500
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == (1 if mode == "online" else 0)
@@ -261,8 +261,9 @@ def test_real_wandb_writes_its_rows_offline_even_when_the_service_is_unreachable
     assert wandb_run_id(tmp_path / "run").encode() in data
     everything = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"hidden-on-command-line" not in everything
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 300
 
 
 def test_wandb_times_are_bounded():
-    assert 0 < metric_views.WANDB_INIT_SECONDS <= 60 and 0 < metric_views.WANDB_FINISH_SECONDS <= 300
+    assert 0 < metric_views.WANDB_INIT_SECONDS <= 60 and 0 < metric_views.WANDB_OFFLINE_SECONDS <= 120
+    assert 0 < metric_views.WANDB_FINISH_SECONDS <= 300

@@ -259,7 +259,7 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_clears_up(tm
     source, destination = small_step(tmp_path), tmp_path / "b"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, source, destination], env=environment, capture_output=True, timeout=120
+        [sys.executable, "-c", KILLED, source, destination], env=environment, capture_output=True, timeout=400
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not destination.exists() and (tmp_path / ".b.partial").exists()

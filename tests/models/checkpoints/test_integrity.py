@@ -128,7 +128,7 @@ def test_the_quick_mode_opens_no_file_but_the_markers(root: Path, monkeypatch: p
 
 def test_files_are_hashed_in_several_threads_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two files meet in the middle of their hashing, which one thread alone would wait for in vain."""
-    meeting, real, threads = threading.Barrier(2, timeout=30), manifest._record, set()
+    meeting, real, threads = threading.Barrier(2, timeout=120), manifest._record, set()
     arrivals = iter(range(1000))
 
     def record(path: Path, *, durable: bool) -> manifest.FileRecord:

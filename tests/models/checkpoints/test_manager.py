@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -45,7 +44,7 @@ def gate(monkeypatch):
 
     def held(step_dir, *, known):
         reached.set()
-        assert opened.wait(30)
+        assert opened.wait(300)
         real(step_dir, known=known)
 
     monkeypatch.setattr(manifest, "write_manifest", held)
@@ -94,12 +93,11 @@ def test_an_asynchronous_save_is_invisible_until_it_is_complete_and_the_next_one
     opened, reached = gate
     with CheckpointManager(root, options=OPTIONS, keep=None) as manager:
         assert manager.save(1, on_device(state(1)), run_info(1), blocking=False) == "writing"
-        assert reached.wait(30)
+        assert reached.wait(300)
         assert list_steps(root) == [] and latest_verified(root, "full") == (None, [])
         threading.Timer(0.3, opened.set).start()
-        started = time.monotonic()
         manager.save(2, on_device(state(2)), run_info(2), blocking=False)
-        assert time.monotonic() - started > 0.2 and 1 in list_steps(root)
+        assert opened.is_set() and 1 in list_steps(root)
     assert list_steps(root) == [1, 2]
 
 

@@ -155,7 +155,7 @@ def test_a_terminal_gets_tables(steps: dict[str, Path]) -> None:
         if not piece:
             break
         written += piece
-    assert child.wait(60) == 0
+    assert child.wait(300) == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", written.decode())
     assert b"\x1b[32m" in written and "────" in text
     assert re.search(r"model/decoder/layers/mlp/wo/kernel/value +\[24, 3, 16\] +float32 +4\.5 KiB", text)

@@ -124,7 +124,7 @@ def test_mistakes_are_told_before_jax_is_imported(tmp_path: Path) -> None:
     )
     cases = [["--to", "onnx"], ["--to", "nnx", "--dtype", "int8"], ["--to", "nnx", "--tolerance", "1"], ["--help"]]
     done = subprocess.run(
-        [sys.executable, "-c", source, json.dumps(cases)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", source, json.dumps(cases)], capture_output=True, text=True, timeout=400, check=True
     )
     assert done.stdout.splitlines()[-1] == "[2, 2, 2, 0] False"
     assert "--to=onnx: no such format; choose from linen, nnx, hf, maxtext" in done.stderr

@@ -122,7 +122,7 @@ def test_text_streams_to_a_terminal_and_equals_the_whole(run, trained):
         if not chunk:
             break
         written += chunk
-    assert done.wait(120) == 0, done.stderr.read().decode()
+    assert done.wait(300) == 0, done.stderr.read().decode()
     code, whole, _ = run("generate", trained, "-p", "Hello", "--engine", "native", "--max-tokens", 40, "--stop", "~")
     assert code == 0
     assert written.decode().replace("\r\n", "\n") == whole

@@ -163,7 +163,7 @@ def test_a_terminal_shows_trained_tokens_in_green(recipe, tmp_path):
             if not piece:
                 break
             written += piece
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     os.close(master)
     text = written.decode().replace("\r\n", "\n")
     assert "\x1b[1;32m 2<eos>\x1b[0m" in text and "[[" not in text

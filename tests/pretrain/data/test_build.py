@@ -146,7 +146,7 @@ def test_closing_ends_the_reading_threads(train, corpus_file):
     assert len(reading) == 4 + 1, "four that tokenise and one that packs"
     iterator.close()
     iterator.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(thread.is_alive() for thread in reading) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(thread.is_alive() for thread in reading)

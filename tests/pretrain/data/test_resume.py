@@ -114,7 +114,7 @@ def test_an_iterator_that_is_collected_is_closed_by_another_thread(train, corpus
         del forgotten
         gc.collect()
     for thread in reading:
-        thread.join(timeout=30)
+        thread.join(timeout=120)
         assert not thread.is_alive()
 
 

@@ -50,8 +50,9 @@ def test_slices_take_turns_in_the_order():
 
 def test_few_documents_are_found_fast():
     dataset = shuffled(grain.MapDataset.range(3), 0).repeat(None)
-    start = time.perf_counter()
+    start = time.process_time()
     for place in range(300):
         dataset[place]
-    # grain's own order takes 10 ms a place here, 3 s in all; this takes about 10 ms.
-    assert time.perf_counter() - start < 1.0
+    # Processor time, since a machine may have others to serve. grain's own order takes 10 ms a place here, 3 s in all;
+    # this takes about 10 ms.
+    assert time.process_time() - start < 1.0
