@@ -85,7 +85,7 @@ def _replaced(value: Any, folder: Callable[[str], str]) -> Any:
     return _REFERENCE.sub(lambda found: folder(found[1]), value) if isinstance(value, str) else value
 
 
-def _references(recipe: Recipe, own: str) -> Iterator[tuple[str, str]]:
+def references(recipe: Recipe, own: str) -> Iterator[tuple[str, str]]:
     """The (key, stage) of every reference to another stage in a recipe."""
     for key, value in flatten(effective_values(recipe)).items():
         for text in value if isinstance(value, list) else [value]:
@@ -146,7 +146,7 @@ class _StageReader:
         self._check_succession(loaded.recipe, next((stage for stage in before if stage.name == start), None))
         known = [stage.name for stage in before]
         needs: dict[str, None] = {}
-        for key, name in _references(loaded.recipe, self.name):
+        for key, name in references(loaded.recipe, self.name):
             if name in self.failed:
                 raise ValueError
             if name not in known:

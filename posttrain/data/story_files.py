@@ -20,6 +20,10 @@ from posttrain.data.word_problems import (
 )
 from rewards.base import Tags
 
+FILE_NAMES = (
+    "tokenizer", "pretrain.jsonl", "sft.jsonl", "pairs.jsonl", "problems.jsonl", "validation.jsonl", "test.jsonl",
+)  # fmt: skip
+"""Of all that is written."""
 LEVELS = (2, 3)
 """Of the problems: two steps each."""
 SHOWN_LEVELS = (1,)

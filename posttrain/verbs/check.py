@@ -11,6 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,7 +73,8 @@ def check(
 
     For kind grpo, 16 prompts of the first step are sampled and scored with the recipe's own engine and rewards. For the
     other kinds, the first rows are read. With --compile the step is compiled for the recipe's mesh on fake devices, and
-    the memory of a device is shown by phase; that needs neither weights nor data.
+    the memory of a device is shown by phase; that needs neither weights nor data. Of a pipeline each stage is looked
+    at, as far as can be known before the stages that it needs have run.
 
     Nothing is trained, and no run directory is made. Exit code 1 says that nothing could be learned, or that
     --device-memory-gib is too small for the step.
@@ -81,11 +83,21 @@ def check(
 
     chosen = {"--prompts": prompts, "--samples": samples, "--reward-file": reward_file}
     compiling = {"--devices": devices, "--device-memory-gib": device_memory_gib, "--timeout": timeout}
-    _refuse_idle(compiling if not compile_step else chosen, compile_step)
+    if not compile_step:
+        _refuse_idle(compiling, False)
     loaded = open_recipe(recipe, overrides)
     kind = loaded.recipe.kind
+    if kind == "pipeline":
+        _refuse_idle({"--prompts": prompts, "--samples": samples}, "kind=pipeline")
+        if not _check_pipeline(loaded, checked_rewards(loaded, reward_file), compiling if compile_step else None):
+            raise typer.Exit(1)
+        return
+    if compile_step:
+        _refuse_idle(chosen, True)
     if kind not in ("grpo", "pretrain", "sft", "dpo", "distill"):
-        raise ValueError(f"{loaded.source}: kind={kind}: nothing is trained by it; check the recipes that train")
+        raise ValueError(
+            f"{loaded.source}: kind={kind}: nothing is trained by it; check a recipe that trains, or a pipeline"
+        )
     if compile_step:
         from posttrain.compile_check import check_compile
 
@@ -106,6 +118,20 @@ def check(
     if hopeless:
         print("verdict: nothing can be learned: " + "; ".join(hopeless))
         raise typer.Exit(1)
+
+
+def _check_pipeline(loaded: Any, reward_file: Path | None, compiling: dict[str, Any] | None) -> bool:
+    from posttrain.process import start_process
+
+    start_process()
+    from posttrain.check_pipeline import check_pipeline
+    from posttrain.compile_check import check_compile
+
+    table = None
+    if compiling is not None:
+        settings = {name.removeprefix("--").replace("-", "_"): value for name, value in compiling.items()}
+        table = partial(check_compile, **settings)
+    return check_pipeline(loaded, reward_file=reward_file, table=table)
 
 
 def _refuse_idle(options: dict[str, Any], mode: bool | str) -> None:
@@ -304,5 +330,9 @@ def _cut(text: str) -> str:
 
 def wrapped(text: str) -> str:
     """Text in lines that fit the terminal, 100 characters at most; those after the first are indented."""
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def width() -> int:
+    """Columns of the terminal, 100 at most."""
+    return min(100, shutil.get_terminal_size((100, 24)).columns)
