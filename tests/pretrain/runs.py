@@ -1,6 +1,8 @@
 """Small training runs for the tests of the loop, in this process or in one of their own."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import time
@@ -67,15 +69,35 @@ def train(folder: Path, name: str, *overrides: str) -> Result:
     return run(load_recipe(str(folder / "recipe.yaml"), settings(folder, name, overrides)), ["test"])
 
 
+# A run that is to be stopped at some step goes on while the one who stops it waits for a busy machine.
+SLOWLY = """
+import sys, time
+from posttrain.cli import main
+from pretrain.session import TrainingSession
+step = TrainingSession.step
+def slow_step(*arguments):
+    time.sleep(0.3)
+    return step(*arguments)
+TrainingSession.step = slow_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start(
-    folder: Path, name: str, *overrides: str, devices: int = 1, env: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    name: str,
+    *overrides: str,
+    devices: int = 1,
+    slowly: bool = False,
+    env: Mapping[str, str] = MappingProxyType({}),
 ) -> "subprocess.Popen[str]":
-    """Starts the recipe by the command line in a process of its own."""
+    """Starts the recipe by the command line in a process of its own; `slowly`, each step takes 0.3 s longer."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env}
     recipe = str(folder / "recipe.yaml")
+    program = ["-c", SLOWLY] if slowly else ["-m", "posttrain"]
     return subprocess.Popen(
-        [sys.executable, "-m", "posttrain", "pretrain", recipe, *settings(folder, name, overrides)],
+        [sys.executable, *program, "pretrain", recipe, *settings(folder, name, overrides)],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -87,13 +109,30 @@ def start(
 
 def wait_for_row(child: "subprocess.Popen[str]", run_dir: Path, *, step: int) -> None:
     """Waits until a run has written the row of a step; fails if it ends before that."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None:
+    deadline = time.monotonic() + 400
+    ended = False
+    while time.monotonic() < deadline and not ended:
+        # Asked before looking, so that the rows of a run that has just ended are seen.
+        ended = child.poll() is not None
         if metrics_path(run_dir).is_file() and any(row["step"] >= step for row in read_metrics(metrics_path(run_dir))):
             return
         time.sleep(0.02)
     end(child)
     pytest.fail(f"no row of step {step}: {child.communicate()[1][-3000:]}")
+
+
+def free_port() -> int:
+    """A port that no other process takes meanwhile: outside the range from which the system gives out ports itself."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    draw = random.SystemRandom()
+    while True:
+        with socket.socket() as tried:
+            port = draw.randrange(max(1024, lowest - 16384), lowest)
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def end(*children: "subprocess.Popen[str]") -> None:

@@ -3,7 +3,6 @@
 import re
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tests.pretrain.runs import losses, saved
 
 pytestmark = pytest.mark.multidevice
 
-SECONDS = 150
+SECONDS = 400
 """A group that takes longer hangs."""
 # Rows of the one random block are shared out by number, so that two hosts read together what one host reads.
 SYNTHETIC = (
@@ -39,19 +38,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start_pair(folder: Path, name: str, *overrides: str, scheduler: bool = False) -> list["subprocess.Popen[str]"]:
+def start_pair(
+    folder: Path, name: str, *overrides: str, scheduler: bool = False, slowly: bool = False
+) -> list["subprocess.Popen[str]"]:
     """Starts two processes of four devices; named by the recipe, or by a scheduler's environment."""
-    port = str(free_port())
+    port = str(runs.free_port())
     if not scheduler:
         group = (f"mesh.coordinator_address=127.0.0.1:{port}", "mesh.num_processes=2")
         return [
-            runs.start(folder, name, *overrides, *group, f"mesh.process_id={index}", devices=4) for index in range(2)
+            runs.start(folder, name, *overrides, *group, f"mesh.process_id={index}", devices=4, slowly=slowly)
+            for index in range(2)
         ]
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     return [
@@ -90,7 +86,7 @@ def assert_close_leaves(ours: dict[Any, Any], expected: dict[Any, Any], toleranc
 
 
 def test_two_processes_stop_together_resume_together_and_equal_one_process(folder: Path) -> None:
-    pair = start_pair(folder, "pair", *SYNTHETIC, "train.steps=100000")
+    pair = start_pair(folder, "pair", *SYNTHETIC, "train.steps=100000", slowly=True)
     try:
         runs.wait_for_row(pair[0], folder / "pair", step=3)
         # Only one host is asked to stop; the other hears of it through the devices.

@@ -70,7 +70,7 @@ def batches(folder: Path, **changes: Any) -> Any:
 
 
 def test_a_signal_saves_the_state_and_the_next_attempt_is_the_straight_run(folder: Path) -> None:
-    child = runs.start(folder, "signal", "train.steps=100000")
+    child = runs.start(folder, "signal", "train.steps=100000", slowly=True)
     try:
         runs.wait_for_row(child, folder / "signal", step=4)
         child.send_signal(signal.SIGTERM)

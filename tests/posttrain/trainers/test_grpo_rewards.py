@@ -44,10 +44,10 @@ FAILURES = {
     "raise": "exception: RuntimeError: no luck",
     "nan": "not_finite: returned nan",
     "crash": "died: signal 11",
-    "hang": "timeout: no answer within 1.5 s",
+    "hang": "timeout: no answer within 2.5 s",
     "text": "not_a_number: returned str",
 }
-SHORT = ("rewards.timeout_seconds=1.5", "rl.num_generations=2", "rl.prompts_per_step=8", "data.shuffle=false")
+SHORT = ("rewards.timeout_seconds=2.5", "rl.num_generations=2", "rl.prompts_per_step=8", "data.shuffle=false")
 """Problems in their order, so that a step of eight holds each deed once."""
 
 
@@ -90,8 +90,8 @@ def test_training_goes_on_past_rewards_that_fail_and_the_ledger_names_each(
         assert rows[step]["rewards/hostile/failures"] == 10.0
         assert rows[step]["rewards/dropped"] == (0.0 if rule == "zero" else 10.0)
         assert math.isfinite(rows[step]["learning/loss"])
-        # Two completions hang, 1.5 s each, and four workers start anew; generous, for a busy machine.
-        assert 3.0 < rows[step]["perf/reward_seconds"] < 90
+        # Two completions hang, 2.5 s each, and four workers start anew; generous, for a busy machine.
+        assert 5.0 < rows[step]["perf/reward_seconds"] < 300
     assert (folder / "written").read_text() == "by a reward"
     said = "".join(capfd.readouterr())
     assert "a reward speaks\n" not in said and "noise\n" not in said
@@ -129,14 +129,14 @@ def test_a_run_whose_trainer_a_reward_has_killed_resumes_to_the_run_that_was_not
     settings = ("checkpoint.interval=1", "data.shuffle=false")
     child = start("grpo", folder, "killed run", *settings, REWARD_FILE=file)
     try:
-        child.communicate(timeout=240)
+        child.communicate(timeout=400)
     finally:
         end(child)
     assert child.returncode == -9
     # Problem 5 is in the third step; two were made, though the second's save may have been cut off.
     assert recorded_steps(folder / "killed run") == [1, 2]
     worker = Path("/proc") / done.read_text()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while worker.exists() and "rewards.worker" in _command(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "rewards.worker" not in _command(worker), "the worker outlives the trainer"
