@@ -119,12 +119,12 @@ def test_policy_and_reference_are_of_one_step_though_another_is_saved_between_th
         kind, folder, f"{kind} overtaken", f"model.load_parameters_path={steps.parent}", "train.steps=1", *given
     )
     assert (steps / "2").is_dir()
-    record = read_attempts(run.run_dir)[0]
-    assert record["weights"] == {"step": "1"} and record["reference"]["step"] == "1"
     if kind == "dpo":
         assert run.metrics["learning/loss"] == pytest.approx(math.log(2), rel=1e-6)
     else:
         assert run.metrics["policy/kl"] == pytest.approx(0, abs=1e-6)
+    record = read_attempts(run.run_dir)[0]
+    assert record["weights"] == {"step": "1"} and record["reference"]["step"] == "1"
 
 
 def test_the_oracle_of_resumption_sees_a_lost_data_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
