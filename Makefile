@@ -12,10 +12,12 @@ BIN := $(VENV)/bin
 
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard recipes/__init__.py models/__init__.py pretrain/__init__.py \
 	rewards/__init__.py posttrain/__init__.py))
-# Two workers, a file to one worker, so that a file's compiled programs and its vLLM engine are made once.
+# Two workers, a file to one worker, so that a file's compiled programs and its vLLM engine are made once. In the order
+# of their names, which begins with long files and ends with short ones; xdist's own order ends with those of few tests,
+# which are the longest.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check test-all soak bench lock format clean

@@ -32,7 +32,10 @@ LONG = (DROPOUT, "schedule.steps=20", *SAVING)
 
 
 def cell(number: str, *, slow: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a test the matrix's cell of this number, in both frameworks; `slow` names one that waits for `test-all`."""
+    """Makes a test the matrix's cell of this number, in both frameworks; `slow` names one that waits for `test-all`.
+
+    The cells that take longest are in `make test` with one framework each, half of them with either.
+    """
     CELLS.append(number)
     cells = [
         pytest.param(name, id=f"{number}-{name}", marks=[pytest.mark.slow] if name == slow else [])
@@ -114,7 +117,6 @@ def test_training_on_a_tfds_folder_of_text_lowers_the_loss(lab: Lab, framework: 
     assert len(set(base.seen.batch_digests)) == 10
 
 
-# The two cells at full length take minutes, so `make test` runs one of each framework.
 @cell("02", slow="linen")
 def test_synthetic_data_is_memorised_from_ln_of_the_vocabulary(lab: Lab, framework: str) -> None:
     command = ("checkpoint.enabled=false",)
@@ -136,7 +138,7 @@ def test_synthetic_data_is_memorised_from_ln_of_the_vocabulary(lab: Lab, framewo
         assert_close(losses, lab.run("nnx", *command, recipe="pretrain_synthetic").losses, FLOAT32)
 
 
-@cell("03")
+@cell("03", slow="linen")
 def test_dropout_draws_a_mask_for_each_step_and_layer_and_replays_it(lab: Lab, framework: str) -> None:
     dropped = lab.run(framework, DROPOUT)
     assert_falls(dropped.losses, margin=0.3)
@@ -159,7 +161,7 @@ def test_dropout_draws_a_mask_for_each_step_and_layer_and_replays_it(lab: Lab, f
     assert masks["replays"] and masks["rate 0 is off"]
 
 
-@cell("04")
+@cell("04", slow="nnx")
 def test_int8_stays_within_a_twentieth_nat_of_float32(lab: Lab, framework: str) -> None:
     base, quantised = lab.run(framework), lab.run(framework, "model.quantization=int8")
     assert len(quantised.losses) == 10
@@ -173,7 +175,7 @@ def test_int8_stays_within_a_twentieth_nat_of_float32(lab: Lab, framework: str) 
     assert kinds["f32", "f32", "f32"] == before["f32", "f32", "f32"] - 21, kinds
 
 
-@cell("05")
+@cell("05", slow="linen")
 def test_fp8_trains_20_steps_within_a_tenth_nat_of_float32(lab: Lab, framework: str) -> None:
     base = lab.run(framework, "train.steps=20")
     quantised = lab.run(framework, "train.steps=20", "model.quantization=fp8")
@@ -244,7 +246,7 @@ def test_a_run_resumed_from_an_asynchronous_save_is_the_straight_run(lab: Lab, f
     assert named[framework] in stored and moment[framework] in stored
 
 
-@cell("09")
+@cell("09", slow="linen")
 def test_half_a_row_a_device_trains_on_the_first_half_of_the_rows(lab: Lab, framework: str) -> None:
     half = lab.run(framework, "train.per_device_batch_size=0.5")
     rows = half.seen.row_tokens
@@ -277,7 +279,7 @@ def test_gspmd_gives_the_losses_of_shardy(lab: Lab, framework: str) -> None:
     assert legacy.seen.shardy == [True, False, True]
 
 
-@cell("11")
+@cell("11", slow="nnx")
 def test_moments_on_the_host_change_no_bit(lab: Lab, framework: str) -> None:
     synthetic = {"recipe": "pretrain_synthetic"}
     short = ("data.sequence_length=64", "model.overrides={vocab_size: 2048}", *SAVING)
@@ -302,7 +304,7 @@ def test_cell_12_is_not_defined() -> None:
     assert [f"{number:02d}" for number in range(1, 17) if number != 12] == CELLS
 
 
-@cell("13")
+@cell("13", slow="linen")
 def test_unrolled_layers_train_as_scanned_ones(lab: Lab, framework: str) -> None:
     base = lab.run(framework)
     unrolled = lab.run(framework, "model.scan_layers=false", "checkpoint.enabled=true")
