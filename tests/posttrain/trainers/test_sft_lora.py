@@ -135,7 +135,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(straight: Result, folder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_linen_unrolled_learns_as_nnx_scanned(straight: Result, folder: Path, quantization: str) -> None:
     given = ("checkpoint.enabled=false",)
     if quantization != "none":
@@ -274,7 +274,7 @@ def on_eight_devices(text: str, quantization: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multidevice
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", [pytest.param("none", marks=pytest.mark.slow), "nf4"])
 def test_eight_devices_learn_as_one_does(run_on_devices: Callable[..., str], tmp_path: Path, quantization: str) -> None:
     write_inputs(tmp_path)
     run_on_devices(8, on_eight_devices, str(tmp_path), quantization)
