@@ -141,8 +141,12 @@ def test_evaluation_can_stop_and_resume_in_its_pass(evaluate, digest, corpus_fil
 def test_closing_ends_the_reading_threads(train, corpus_file):
     before = set(threading.enumerate())
     iterator = train(path=str(corpus_file), num_workers_threads=4)
-    next(iterator)
-    reading = set(threading.enumerate()) - before
+    reading: set[threading.Thread] = set()
+    deadline = time.monotonic() + 120
+    # A pool starts its threads as they are needed: a later one only where the earlier are busy.
+    while len(reading) < 5 and time.monotonic() < deadline:
+        next(iterator)
+        reading = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("grain-")}
     assert len(reading) == 4 + 1, "four that tokenise and one that packs"
     iterator.close()
     iterator.close()
