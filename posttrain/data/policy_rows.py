@@ -3,7 +3,8 @@
 A row holds several sequences (prompt and completion), kept apart by segment ids. Log-probabilities are needed at the
 completion's tokens alone, so a row also says where those are: the head, the largest product of a small model, skips
 the prompts. Completions of one prompt may share it: it then stands once in a row, before them, and each of them sees it
-and itself (`prefix_ids`).
+and itself (`prefix_ids`). What such a row has to spare goes before segments, so that they begin where tiles of
+attention do; the rest stands at its end.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from models.ops.blocked_attention import PREFIX_BLOCK
 
 Field = Any
 """numpy on the host, a jax.Array on devices; no array type, as in TokenBatch."""
@@ -141,8 +144,11 @@ def _fill(
     places: list[tuple[int, int] | None] = [None] * len(sequences)
     for number, row in enumerate(rows):
         start = column = segment = counted = 0
+        spare = length - _length(sequences, row) if share_prompts else 0
         for part in row:
             prompt = np.asarray(sequences[part[0]].prompt, np.int32)
+            gap = _gap(start, len(prompt), spare)
+            start, spare = start + gap, spare - gap
             first = start
             segment += 1
             inputs[number, start : start + len(prompt)] = prompt
@@ -152,6 +158,8 @@ def _fill(
             for index in part:
                 one = sequences[index]
                 size, counted = len(one.completion), counted + 1
+                gap = _gap(start, size - 1, spare)
+                start, spare = start + gap, spare - gap
                 span = slice(start, start + size - 1)
                 inputs[number, span], positions[number, span] = one.completion[:-1], len(prompt) + np.arange(size - 1)
                 if share_prompts:
@@ -176,6 +184,18 @@ def _fill(
         prefix_ids=prefix_ids if share_prompts else None,
     )
     return batch, places
+
+
+def _length(sequences: Sequence[SampledSequence], row: list[list[int]]) -> int:
+    """Tokens of a row's prompts and completions, whose last ones predict nothing."""
+    return sum(len(sequences[part[0]].prompt) + sum(len(sequences[i].completion) - 1 for i in part) for part in row)
+
+
+def _gap(start: int, size: int, spare: int) -> int:
+    """Padding before a segment of `size` tokens: to the next tile, if it fits and the segment then touches fewer."""
+    gap = -start % PREFIX_BLOCK
+    touched = -(-(start + size) // PREFIX_BLOCK) - start // PREFIX_BLOCK
+    return gap if size and gap <= spare and touched > -(-size // PREFIX_BLOCK) else 0
 
 
 def _round_power(count: int) -> int:

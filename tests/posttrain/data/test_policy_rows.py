@@ -1,7 +1,9 @@
 """Packed rows of sampled sequences: nothing lost, nothing twice, everything beside its token; and the same update."""
 
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.data import policy_rows
 from posttrain.data.policy_rows import PolicyBatch, SampledSequence, pack, unpack
 
 LENGTH = 24
@@ -161,7 +164,8 @@ def test_completions_share_a_prompt_and_read_nothing_of_each_other(data: Any) ->
     for number in range(data.draw(st.integers(0, 16))):
         one = sequence(number, 1, data.draw(st.integers(1, 12)), data.draw(st.booleans()))
         sequences.append(replace(one, prompt=data.draw(st.sampled_from(prompts))))
-    packing = pack(sequences, row_length=LENGTH, rows_multiple=1, microbatch_rows=4, share_prompts=True)
+    with mock.patch.object(policy_rows, "PREFIX_BLOCK", data.draw(st.sampled_from([4, 64]))):
+        packing = pack(sequences, row_length=LENGTH, rows_multiple=1, microbatch_rows=4, share_prompts=True)
     batch, index = packing.batch, np.arange(LENGTH)
     held: list[tuple[int, int]] = []
     for one, place in zip(sequences, packing.places, strict=True):
@@ -195,6 +199,25 @@ def test_a_row_holds_a_shared_prompt_once_and_another_row_holds_it_again() -> No
     assert batch.prefix_ids[0].tolist() == [0] * 6 + [1] * 18
     assert batch.where[0, [0, 7, 14]].tolist() == [5, 5, 5]
     assert batch.segment_ids[1].tolist() == [1] * 6 + [2] * 6 + [0] * 12
+
+
+@pytest.mark.parametrize(
+    ("row_length", "runs"),
+    [
+        (205, [(1, 40), (0, 24), (2, 64), (3, 20), (4, 10), (0, 47)]),
+        (150, [(1, 40), (2, 64), (3, 20), (0, 4), (4, 10), (0, 12)]),
+    ],
+)
+def test_segments_begin_where_a_tile_does_if_they_then_touch_fewer_and_the_row_has_room(
+    monkeypatch, row_length: int, runs: list[tuple[int, int]]
+) -> None:
+    """Tiles of 64. Behind a prompt of 40, 64 cells touch two of them; the padding that helps takes 24 cells."""
+    monkeypatch.setattr(policy_rows, "PREFIX_BLOCK", 64)
+    sequences = [
+        replace(sequence(number, 1, size, True), prompt=list(range(40))) for number, size in enumerate([65, 21, 11])
+    ]
+    batch = pack(sequences, row_length=row_length, rows_multiple=1, microbatch_rows=1, share_prompts=True).batch
+    assert [(segment, len(list(cells))) for segment, cells in groupby(batch.segment_ids[0].tolist())] == runs
 
 
 def test_a_prompts_last_state_may_predict_more_tokens_than_a_row_holds() -> None:
