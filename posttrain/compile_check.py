@@ -225,7 +225,10 @@ def verdict_lines(found: dict[str, Any], device_memory_gib: float | None) -> Ite
 
 def remedies(found: dict[str, Any]) -> str:
     """What would take less."""
-    known = "train.per_device_batch_size, model.remat=full, optimizer.memory=pinned_host, or model.param_dtype=bfloat16"
+    known = (
+        "train.per_device_batch_size, model.remat=full, optimizer.memory=pinned_host, or adapters (lora.rank), whose "
+        "base may rest in model.param_dtype=bfloat16"
+    )
     return known if found["memory_share"] is None else f"a lower sampler.memory_share, {known}"
 
 

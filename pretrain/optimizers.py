@@ -7,6 +7,7 @@ optimizer's state keeps the layout that checkpoints have (`0/{count, mu, nu}` an
 
 import difflib
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,13 +17,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from recipes.schema import OptimizerSection
+from recipes.schema import ModelSection, OptimizerSection
+
+logger = logging.getLogger(__name__)
 
 Scalar: TypeAlias = float | jax.Array
 Rate: TypeAlias = Scalar | Callable[[Any], Any]
 
 # Name parts of parameters that Muon leaves to Adam: tables and vectors are not maps between two spaces.
 _NOT_MUON = ("scale", "embedding", "logits_dense")
+
+_SMALL_WEIGHT = 2.0**-9
+"""Nine in ten weights of a trained model, whose spread is about 0.02, are larger than this."""
+_RATE_BOUNDS_UPDATES = ("adamw", "adam_pax", "muon")
+"""Rules whose updates of single weights are about the rate at most, whatever the gradients are."""
 
 
 def make_optimizer(
@@ -62,6 +70,35 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, Float[Array, 
         return grads, norm
     scale = max_norm / jnp.maximum(norm, max_norm)
     return jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), grads), norm
+
+
+def require_updates_survive(optimizer: OptimizerSection, model: ModelSection) -> None:
+    """Refuses, or warns of, trained parameters whose dtype rounds updates away; adapters are float32 in any case.
+
+    There is no second, finer copy of the parameters: an update that is at most half a unit in the last place leaves a
+    weight as it was, however many follow. In bfloat16 half a unit is 2**-17, or 7.6e-6, for weights from 2**-9 on, and
+    one in 512 to one in 256 of any weight.
+
+    Raises:
+        ValueError: updates are about the rate at most, and the rate is at most half a unit of `_SMALL_WEIGHT`.
+    """
+    if model.param_dtype == "float32":
+        return
+    half = float(jnp.finfo(model.param_dtype).eps) / 2
+    where = f"model.param_dtype={model.param_dtype}: parameters are trained in it"
+    remedy = "set model.param_dtype=float32, and leave model.compute_dtype as it is"
+    if optimizer.name in _RATE_BOUNDS_UPDATES and optimizer.learning_rate <= half * _SMALL_WEIGHT:
+        raise ValueError(
+            f"{where}, and optimizer.learning_rate={optimizer.learning_rate:g} is at most half a unit in the last "
+            f"place of nine weights in ten, which would never change; {remedy}"
+        )
+    logger.warning(
+        "%s, and updates of less than a %dth of a weight are rounded away (optimizer.learning_rate=%g); %s",
+        where,
+        round(2 / half),
+        optimizer.learning_rate,
+        remedy,
+    )
 
 
 # --- frozen parameters ---

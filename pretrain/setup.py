@@ -19,7 +19,7 @@ from pretrain.batching import BatchPlan, HostShare, check_divisible, host_share,
 from pretrain.data.build import make_eval_iterator, make_train_iterator
 from pretrain.data.iterators import BatchIterator, DataPosition, EvalIterator
 from pretrain.losses import LossFn, make_loss_fn
-from pretrain.optimizers import make_optimizer, train_only, trainable_paths
+from pretrain.optimizers import make_optimizer, require_updates_survive, train_only, trainable_paths
 from pretrain.schedules import make_schedule
 from pretrain.state import StateShardings, TrainState, abstract_state, state_shardings
 from recipes.schema import PretrainRecipe, TrainingRecipe
@@ -145,6 +145,8 @@ def prepare_model(
     adapters = lora if lora is not None and lora.rank > 0 else None
     if adapters is not None:
         adapted_modules(config, adapters)
+    else:
+        require_updates_survive(recipe.optimizer, recipe.model)
     model = FunctionalModel(config, recipe.model, adapters)
     by_step = make_schedule(recipe.schedule, peak=recipe.optimizer.learning_rate, total_steps=recipe.train.steps)
     schedule = by_step if updates_per_step == 1 else lambda updates: by_step(updates // updates_per_step)

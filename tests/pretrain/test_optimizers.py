@@ -11,8 +11,16 @@ import pytest
 from models.config import load_preset
 from models.parameters import flatten, param_specs, unflatten
 from pretrain import optimizers
-from pretrain.optimizers import adam_pax, clip_by_global_norm, make_optimizer, muon_dimension_numbers
-from recipes.schema import OptimizerSection
+from pretrain.optimizers import (
+    adam_pax,
+    clip_by_global_norm,
+    make_optimizer,
+    muon_dimension_numbers,
+    require_updates_survive,
+)
+from recipes.layers import shipped_recipes
+from recipes.load import load_recipe
+from recipes.schema import ModelSection, OptimizerSection, TrainingRecipe
 
 RATE = 0.1
 PAX = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "eps_root": 0.0, "weight_decay": 0.1}
@@ -341,3 +349,41 @@ def test_muon_updates_of_stacked_layers_equal_those_of_single_layers(axis):
             whole = stacked[(path[0], "layers", *path[2:])]
             index = int(path[1].removeprefix("layers_"))
             assert_close(jnp.take(whole, index, axis=min(axis, whole.ndim - 1)), update, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [("bfloat16", 2.0**-17), ("float16", 2.0**-20)])
+def test_a_rate_that_is_refused_changes_one_weight_in_ten_and_float32_changes_all(dtype, rate):
+    """Half a unit in the last place of 2**-9 is 2**-9 / 256 in bfloat16, with 8 bits, and 2**-9 / 2048 in float16."""
+    section = OptimizerSection(learning_rate=rate)
+    with pytest.raises(
+        ValueError, match=rf"model\.param_dtype={dtype}: .* optimizer\.learning_rate=.*param_dtype=float32"
+    ):
+        require_updates_survive(section, ModelSection(preset="tiny-llama", param_dtype=dtype))
+    weights = 0.02 * np.random.default_rng(0).standard_normal(10_000)
+
+    def changed(kind):
+        params = before = jnp.asarray(weights, kind)
+        for _ in range(200):
+            params = optax.apply_updates(params, jnp.full_like(params, -rate))
+        return float((params != before).mean())
+
+    assert changed(dtype) < 0.12 and changed("float32") == 1.0
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 2.0**-16), ("sgd", 1e-6), ("adafactor", 1e-6)])
+def test_trained_bfloat16_parameters_are_warned_of_where_some_updates_survive(caplog, name, rate):
+    keys = {"weight_decay": 0.0} if name == "adafactor" else {}
+    section = OptimizerSection(name=name, learning_rate=rate, **keys)
+    require_updates_survive(section, ModelSection(preset="tiny-llama"))
+    assert not caplog.records
+    require_updates_survive(section, ModelSection(preset="tiny-llama", param_dtype="bfloat16"))
+    assert "less than a 512th of a weight" in caplog.text and "set model.param_dtype=float32" in caplog.text
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_no_shipped_recipe_trains_parameters_that_round_updates_away(caplog, name):
+    loaded = load_recipe(name, [])
+    for one in (loaded, *(stage.loaded for stage in loaded.stages)):
+        if isinstance(one.recipe, TrainingRecipe):
+            require_updates_survive(one.recipe.optimizer, one.recipe.model)
+    assert not caplog.records
