@@ -6,11 +6,20 @@ All searches take time linear in the text: an untrained policy writes thousands 
 import re
 
 from rewards.base import Tags
+from rewards.normalization import CARDINALS, as_number, changes_number
 
 # An escaped brace is a set's, not a group's.
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 # A box without braces holds the word after it.
 _LOOSE_BOXED = re.compile(r"\\f?boxed(?![A-Za-z])\s*(?:\{\s*)?([^\s{}$]+)")
+# A number at the start of a line, no digits after it, and neither an operator nor a lone letter (5 x) right behind it.
+_LEADING = re.compile(
+    r"\s*([-+\u2212\u2013]?)\s*(?:\\?[$€£])?\s*(\d+(?:,\d{3})*(?:\.\d+)?)(?!\d)(?=\D*$)"
+    r"(?!\s*(?:[-+*/^=\\!\u2212\u2013×÷]|[^\W\d_](?![^\W\d_])))"
+)
+_WORD = re.compile(r"[^\W\d_]+")
+# The number again, as in 5 (five).
+_SPELLED_OUT = re.compile(rf"\((?:[\s-]*(?:{'|'.join(CARDINALS)})\b)+\s*\)")
 MARK = "####"
 """What GSM8K's solutions write before the answer."""
 
@@ -85,7 +94,7 @@ def tagged_answer(text: str, tags: Tags) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer of a solution in GSM8K's format: the rest of the line after the last `####`, stripped.
+    """The answer of a solution in GSM8K's format, as written: the rest of the line after the last `####`, stripped.
 
     Args:
         text: a solution.
@@ -98,8 +107,29 @@ def marked_answer(text: str) -> str | None:
     return lines[0].strip() if mark and lines else None
 
 
+def leading_number(line: str) -> str | None:
+    """The number that a line begins with, where what follows cannot change it.
+
+    Args:
+        line: what stands after `####`.
+
+    Returns:
+        The number with its sign, as of `5, so`, `72 eggs a day` and `5 (five)`. None where the line begins with no
+        number, or where there follow other digits, an operator, a lone letter or a word that changes the number.
+    """
+    plain = line.replace("**", "")
+    found = _LEADING.match(plain)
+    if found is None:
+        return None
+    words = _WORD.findall(_SPELLED_OUT.sub(" ", plain[found.end() :].lower()))
+    sign, digits = found.groups()
+    return None if changes_number(words) else sign.replace("+", "") + digits
+
+
 def final_answer(text: str, tags: Tags) -> str | None:
     """The answer of a completion in either format: tags and boxes first, then `####`.
+
+    After `####` it is the whole line if that is a number or begins with none, else the number that it begins with.
 
     Args:
         text: a completion.
@@ -109,4 +139,7 @@ def final_answer(text: str, tags: Tags) -> str | None:
         The answer, or None. Evaluation counts votes over `rewards.normalization.canonical` of it.
     """
     tagged = tagged_answer(text, tags)
-    return marked_answer(text) if tagged is None else tagged
+    if tagged is not None:
+        return tagged
+    line = marked_answer(text)
+    return line if line is None or as_number(line) is not None else leading_number(line) or line

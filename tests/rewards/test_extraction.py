@@ -96,6 +96,33 @@ def test_tags_come_before_marks_in_the_final_answer():
     assert final_answer("#### 4\n<answer>5", TAGS) == "4"
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("5, so", "5"),
+        ("5 (five)", "5"),
+        ("75 (seventy-five) eggs, that is all", "75"),
+        ("1,234 in all; yes", "1,234"),
+        ("-5, so", "-5"),
+        ("$5.50, ok", "5.50"),
+        ("**5**, so", "5"),
+        ("5 or six, so", "5 or six, so"),
+        ("5 (or six)", "5 (or six)"),
+        ("5 thousand, so", "5 thousand, so"),
+        ("5 or 6", "5 or 6"),
+        ("5x, so", "5x, so"),
+        ("5 - two", "5 - two"),
+        ("48 + 24 = 72, so", "48 + 24 = 72, so"),
+        ("3 apples, 2 pears", "3 apples, 2 pears"),
+        ("so 5", "so 5"),
+        ("72 eggs/day", "72 eggs/day"),
+    ],
+)
+def test_of_a_marked_line_that_is_no_number_the_number_counts_that_it_begins_with(line, expected):
+    """Not where what follows could change it, and a line that is a number with its unit stays as it is."""
+    assert final_answer(f"so\n#### {line}\n", TAGS) == expected
+
+
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_a_solution_block_equals_the_regular_expressions(text):
     # No start and no end inside, which is what "from the last start before the end" means.

@@ -55,10 +55,65 @@ from rewards.normalization import LONGEST, as_number, canonical
         ("", None),
         ("٣ x", None),
         ("1" * (LONGEST + 1), None),
+        ("5,", 5),
+        ("5:", 5),
+        ("(5)", 5),
+        ("(1,200)", None),
+        ("USD 18", 18),
+        ("- 5", -5),
+        ("5 km/h", 5),
+        ("72 eggs/day", 72),
+        ("5 m", 5),
+        ("5 x", None),
+        ("5 dollars per hour", 5),
+        ("he went 5 times", None),
+        ("5 times", 5),
+        ("5 cookies left over", 5),
     ],
 )
 def test_a_spelling_has_the_value_that_it_has_by_hand(text, value):
     assert as_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5 thousand", 5000),
+        ("3 million dollars", 3_000_000),
+        ("$1.5 Million", 1_500_000),
+        ("2 dozen", 24),
+        ("2 dozens of eggs", 24),
+        ("5 hundred thousand", 500_000),
+        (r"5\text{ billion}", 5_000_000_000),
+        ("x = 5 thousand", 5000),
+        ("1/2 million", 500_000),
+        ("5 and a half", None),
+        ("5 minus two", None),
+        ("5 plus 2", None),
+        ("5 times two", None),
+        ("5 or six", None),
+        ("5 to six", None),
+        ("5 apples or six", None),
+        ("5 half", None),
+        ("3 quarters", None),
+        ("5 thirds", None),
+        ("5 hundredths", None),
+        ("5 point two", None),
+        ("5 squared", None),
+        ("5 pi", None),
+        ("5 thousand and three", None),
+        ("5 and a thousand", None),
+        ("x = 5 or x = 6", None),
+    ],
+)
+def test_words_of_scale_multiply_and_other_words_of_numbers_are_no_units(text, value):
+    assert as_number(text) == value
+
+
+def test_a_long_text_is_not_the_answer_that_it_begins_with():
+    """Of the first 200 characters all behind the 5 would be its unit."""
+    ramble = "5 " + "word " * 60 + "= 7"
+    assert canonical(f" {ramble}") == ramble
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,47 @@ def test_gsm8k_exact_takes_the_final_answer_in_either_format(completion, expecte
 
 
 @pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("5 thousand", "5", 0),
+        ("5 thousand", "5000", 1),
+        ("3 million dollars", "3", 0),
+        ("2 dozen", "24", 1),
+        ("2 dozen", "2", 0),
+        ("5 and a half", "5", 0),
+        ("5 minus two", "5", 0),
+        ("5 " + "word " * 60 + "= 7", "5", 0),
+        ("5 m", "5", 1),
+        ("5,", "5", 1),
+        ("(5)", "5", 1),
+        ("USD 18", "18", 1),
+        ("5 km/h", "5", 1),
+        ("- 5", "-5", 1),
+        ("x = 5 or x = 6", "6", 0),
+    ],
+)
+def test_both_rewards_of_the_answer_agree(answer, gold, expected):
+    completion = f"<answer>{answer}</answer>"
+    assert [judged(one, completion, gold) for one in (Gsm8kExact(), Numbers())] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("line", "gold", "expected"),
+    [
+        ("5, so", "5", 1),
+        ("5 (five)", "5", 1),
+        ("72 eggs/day", "72", 1),
+        ("1,234,", "1234", 1),
+        ("- 5", "-5", 1),
+        ("5 or six, so", "5", 0),
+        ("5 thousand, so", "5", 0),
+    ],
+)
+def test_gsm8k_exact_takes_the_number_right_after_the_mark(line, gold, expected):
+    assert judged(Gsm8kExact(), f"because\n#### {line}", gold) == expected
+
+
+@pytest.mark.parametrize(
     ("completion", "prompt", "expected"),
     [
         (FULL, "q", 1),
