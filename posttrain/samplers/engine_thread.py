@@ -21,6 +21,15 @@ LONGEST_SLEEP = 0.25
 
 
 @dataclass(frozen=True)
+class Call:
+    """What the thread is to do, where it says what came of it, and whether the one who waits was interrupted."""
+
+    work: Callable[[], Any]
+    answers: "queue.SimpleQueue[Answer]"
+    interrupted: threading.Event
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a call came to: its result, or what it raised."""
 
@@ -57,22 +66,23 @@ class EngineThread:
 
     def __init__(self) -> None:
         # Simple queues, because an interrupt cannot leave their locks held.
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Answer]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._last_sign = time.monotonic()
         self.interrupted = threading.Event()
+        """That of the call which is being worked on, for the work to look at."""
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            work, answers = call
-            self.interrupted.clear()
+            # Each call has its own, so that an interrupt which comes before the work begins is told to it all the same.
+            self.interrupted = call.interrupted
             self.sign_of_life()
             try:
-                answers.put(Answer(result=work()))
+                call.answers.put(Answer(result=call.work()))
             except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
-                answers.put(Answer(error=error))
-            del call, work, answers
+                call.answers.put(Answer(error=error))
+            del call
 
     def sign_of_life(self) -> None:
         """Says that work goes on; starts the wait anew."""
@@ -89,13 +99,13 @@ class EngineThread:
         Raises:
             SamplerError: it stopped answering, or raised anything but a ValueError or a SamplerError of ours.
         """
-        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        call = Call(work, queue.SimpleQueue(), threading.Event())
         self.sign_of_life()
         try:
-            self._calls.put((work, answers))
-            answer = self._await(answers, what=what, seconds=seconds)
+            self._calls.put(call)
+            answer = self._await(call.answers, what=what, seconds=seconds)
         except KeyboardInterrupt:
-            self.interrupted.set()
+            call.interrupted.set()
             raise
         error = answer.error
         if error is None:

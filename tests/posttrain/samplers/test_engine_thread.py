@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -115,7 +116,23 @@ def test_an_interrupted_wait_tells_the_work_and_the_next_call_starts_clean():
     with pytest.raises(KeyboardInterrupt):
         thread.call(work, what="sampling", seconds=300)
     assert told.wait(60)
-    assert thread.call(thread.interrupted.is_set, what="asking", seconds=60) is False
+    assert thread.call(lambda: [thread.interrupted.is_set()], what="asking", seconds=60) == [False]
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_work_whose_turn_comes_after_the_interrupt_is_told_of_it():
+    thread, release, seen = EngineThread(), threading.Event(), queue.SimpleQueue()
+
+    def interrupted(work: Callable[[], object]) -> None:
+        timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            thread.call(work, what="sampling", seconds=300)
+
+    interrupted(lambda: release.wait(300))
+    interrupted(lambda: seen.put(thread.interrupted.is_set()))
+    release.set()
+    assert seen.get(timeout=60) is True
 
 
 HANGS = """
