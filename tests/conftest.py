@@ -10,7 +10,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,27 @@ def seeded() -> None:
 def rng() -> np.random.Generator:
     """A NumPy generator that starts the same way in every test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+    """A module's programs are compiled without optimization, here and in processes that its tests start.
+
+    Programs of a few small steps are compiled longer than they run. Not for tests that hold different programs to the
+    same bits: whether those agree depends on what is optimized.
+    """
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        # Programs of other modules are others, though their functions and shapes may be the same.
+        jax.clear_caches()
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, before)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

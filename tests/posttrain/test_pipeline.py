@@ -18,6 +18,8 @@ from recipes.metrics import read_metrics
 from recipes.rundir import create_run, metrics_path, read_attempts
 from tests.pretrain.runs import assert_same_bits, saved
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FAKE = """\
 kind: pipeline
 common: {model: {preset: stories}, tokenizer: {path: "{stages.data}/tokenizer"}}

@@ -30,6 +30,8 @@ from pretrain.state import StateShardings, TrainState, abstract_state, init_stat
 from recipes.schema import CheckpointSection, MeshSection, ModelSection, OptimizerSection
 from tests.pretrain.runs import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CONFIG = load_preset("tiny-llama").replace(vocab_size=32, embed_dim=16, mlp_dim=24, head_dim=8)
 
 
@@ -61,7 +63,7 @@ def identity(rows: int = 8, **model: Any) -> Identity:
 def save(root: Path, state: TrainState, who: Identity, *steps: int) -> None:
     manager = open_manager(root, CheckpointSection())
     for step in steps:
-        info = who.run_info(step, {"hosts": [{"at": step}]}, None, skipped_steps=2)
+        info = who.run_info(step, {"hosts": [{"at": step}]}, None, extra={"skipped_steps": 2})
         manager.save(step, state_items(advanced(state, step), who.options.framework), info, blocking=True)
     manager.close()
 
@@ -88,9 +90,9 @@ def test_items_and_their_abstract_twins_have_one_structure() -> None:
 
 
 def test_what_a_checkpoint_says_of_its_run_is_valid_and_follows_from_the_run_alone() -> None:
-    info = identity().run_info(5, None, "id", skipped_steps=0)
+    info = identity().run_info(5, None, "id", extra={"skipped_steps": 0})
     assert parse_run_info(info, where="here").step == 5
-    assert info == identity().run_info(5, None, "id", skipped_steps=0)
+    assert info == identity().run_info(5, None, "id", extra={"skipped_steps": 0})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from tests.posttrain.trainers.logits_model import logits_model, random_logits
 from tests.posttrain.trainers.runs import assert_near, initial, load, train
 from tests.pretrain.runs import assert_same_bits, losses, rows
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DEEPER = ("teacher.overrides.num_layers=3", "teacher.overrides.embed_dim=48")
 QUIET = "checkpoint.enabled=false"
 MORE = "optimizer.weight_decay=0"
@@ -40,7 +42,9 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("transfer", [(), ("distill.transfer=top_k", "distill.top_k=5")])
+@pytest.mark.parametrize(
+    "transfer", [(), pytest.param(("distill.transfer=top_k", "distill.top_k=5"), marks=pytest.mark.slow)]
+)
 def test_a_student_that_is_its_teacher_has_a_divergence_of_exactly_0_and_does_not_move(
     folder: Path, transfer: tuple[str, ...]
 ) -> None:

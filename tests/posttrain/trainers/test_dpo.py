@@ -21,6 +21,8 @@ from tests.posttrain.trainers.logits_model import logits_model, random_logits
 from tests.posttrain.trainers.runs import assert_near, initial, load, train
 from tests.pretrain.runs import assert_same_bits, losses, rows
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LENGTHS = [(10, 1, 15), (20, 15, 3), (12, 3, 9), (15, 2, 2), (22, 14, 1), (9, 1, 4), (18, 9, 9), (11, 12, 2)]
 """Bytes of prompt, chosen and rejected answer of eight pairs."""
 

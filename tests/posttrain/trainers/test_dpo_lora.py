@@ -23,6 +23,8 @@ from recipes.rundir import checkpoint_dir
 from tests.posttrain.trainers.runs import initial, load, train
 from tests.pretrain.runs import assert_same_bits, losses, rows, saved
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LORA = ("lora.rank=2", "model.overrides.mlp_dim=52")
 """A width that no other array of the process has."""
 

@@ -30,6 +30,8 @@ from recipes.rundir import checkpoint_dir, checkpoints_dir, metrics_path, read_a
 from tests.posttrain.trainers.runs import assert_near, initial, load, train
 from tests.pretrain.runs import assert_same_bits, losses, rows, saved
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # A rate that changes with the steps, whatever the number of updates in each.
 LINEAR = ("schedule.kind=linear", "schedule.steps=4")
 CASES = {

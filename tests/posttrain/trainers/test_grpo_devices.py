@@ -19,6 +19,8 @@ from pretrain.batching import place
 from pretrain.step import accumulate
 from tests.posttrain.trainers.runs import assert_near, initial, load
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LAYOUTS = {
     "one": ("mesh.num_devices=1", "train.per_device_batch_size=8"),
     "sharded": ("train.per_device_batch_size=1",),

@@ -17,6 +17,8 @@ from tests.posttrain.trainers.runs import start, train
 from tests.pretrain import runs
 from tests.pretrain.runs import assert_same_bits, losses, saved
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SAVING = "checkpoint.interval=2"
 """Saves take longer than the two steps between them, so a random moment may well be in one."""
 SYNCHRONOUS = "checkpoint.asynchronous=false"
@@ -129,7 +131,8 @@ def compare_ledgers(resumed: Path, straight: Path, steps: int) -> None:
     assert len(prompts) == 2 * steps and set(prompts.values()) == {4}
 
 
-@pytest.mark.parametrize("case", ["sft", "dpo", "grpo"])
+# The loop and its checkpoints are those of pretraining, whose own test of a kill is always run.
+@pytest.mark.parametrize("case", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "dpo")), "grpo"])
 def test_a_run_killed_at_a_random_moment_resumes_to_the_straight_run(folder: Path, straight: Any, case: str) -> None:
     kill(folder, case, f"{case} once", np.random.default_rng(), "at random")
     resume_and_compare(folder, case, f"{case} once", straight(case))
