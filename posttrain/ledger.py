@@ -83,6 +83,11 @@ def drop_after(run_dir: Path, step: int) -> list[int]:
     return dropped
 
 
+def storable(text: str) -> str:
+    """A text as a file can hold it: halves of characters, which no encoding has, become question marks."""
+    return text.encode(errors="replace").decode()
+
+
 def write_step(run_dir: Path, step: int, rows: list[dict[str, Any]]) -> Path:
     """Writes one step's completions, onto the disk before it returns.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.ledger import storable
 from posttrain.rollouts import Judged, Rollout
 from recipes.schema import RLSection
 
@@ -85,16 +86,18 @@ def ledger_rows(step: int, rollout: Rollout, trainer_logps: Sequence[np.ndarray 
                 "step": step,
                 "prompt_id": one.prompt_id,
                 "sample_index": one.sample_index,
-                "prompt": problem.text,
-                "completion": judged.texts[number],
-                "answer": problem.answer,
+                "prompt": storable(problem.text),
+                "completion": storable(judged.texts[number]),
+                "answer": storable(problem.answer),
                 "prompt_ids": problem.token_ids,
                 "completion_ids": one.token_ids,
                 "sampler_logps": one.logprobs,
                 "trainer_logps": logps,
                 "reward_parts": [(outcome.reward, outcome.value) for outcome in outcomes],
                 "reward_failures": [
-                    (outcome.reward, f"{outcome.failure}: {outcome.detail}") for outcome in outcomes if outcome.failure
+                    (outcome.reward, storable(f"{outcome.failure}: {outcome.detail}"))
+                    for outcome in outcomes
+                    if outcome.failure
                 ],
                 "reward": float(judged.combined.totals[number]),
                 "advantage": float(advantages[number]),

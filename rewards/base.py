@@ -83,9 +83,12 @@ class RewardInfo:
     high: float
 
 
+LARGEST = 1e30
+"""The size of a reward, a weight or an option's value, at most: squares of more, as in a group's variance, overflow."""
+
 FailureKind = Literal["not_finite", "not_a_number", "out_of_range", "exception", "timeout", "died"]
 """Why a reward gave no value: it returned NaN or infinity; returned something else than a number; left the range that
-it states; raised; did not answer in time and was killed; or its process ended."""
+it states, or `LARGEST`; raised; did not answer in time and was killed; or its process ended."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The rewards that recipes can name."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
-from rewards.base import Reward, RewardSpec, Tags
+from pydantic import TypeAdapter, ValidationError
+
+from rewards.base import LARGEST, Reward, RewardSpec, Tags
 from rewards.format_approximate import FormatApproximate
 from rewards.format_exact import FormatExact
 from rewards.gsm8k_exact import Gsm8kExact
@@ -34,15 +35,18 @@ def make_reward(spec: RewardSpec, tags: Tags) -> Reward:
         The reward.
 
     Raises:
-        ValueError: an unknown name or option, an option's value that the reward refuses, or a weight not finite.
+        ValueError: an unknown name or option, an option's value of another type or that the reward refuses, or a weight
+            that is not finite.
     """
     where = f"rewards: {spec.name}"
     if spec.name not in REWARDS:
         near = get_close_matches(spec.name, REWARDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(REWARDS)}"
         raise ValueError(f"{where}: there is no reward of this name; {hint}")
-    if not math.isfinite(spec.weight):
-        raise ValueError(f"{where}: weight={spec.weight}: a total of rewards is finite; set a finite weight")
+    if not abs(spec.weight) <= LARGEST:
+        raise ValueError(
+            f"{where}: weight={spec.weight}: a total of rewards is finite; set a finite weight of at most {LARGEST:g}"
+        )
     make = REWARDS[spec.name]
     fields = {field.name: field for field in dataclasses.fields(make) if field.init}  # type: ignore[arg-type]
     options = {name for name in fields if name != "tags"}
@@ -55,9 +59,17 @@ def make_reward(spec: RewardSpec, tags: Tags) -> Reward:
     }
     for name in sorted(needed - spec.options.keys()):
         raise ValueError(f"{where}: option {name!r}: this reward cannot do without; set it")
+    types = get_type_hints(make)
     for name, value in spec.options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}: option {name}={value}: a reward is finite; set a finite value")
+        try:
+            TypeAdapter(types[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"]
+            raise ValueError(f"{where}: option {name}={value!r}: {rule[0].lower()}{rule[1:]}; correct it") from error
+        if types[name] is float and not abs(value) <= LARGEST:
+            raise ValueError(
+                f"{where}: option {name}={value}: a reward is finite; set a finite value of at most {LARGEST:g}"
+            )
     return make(**spec.options, **({"tags": tags} if "tags" in fields else {}))
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from rewards.base import RewardInput
+from rewards.base import LARGEST, RewardInput
 
 PREFIX = "reward_"
 
@@ -119,8 +119,10 @@ def _as_reward(name: str, function: Callable, limits: object, weight: object, wh
         or not limits[0] < limits[1]
     ):
         raise ValueError(f"{where}: RANGES[{name!r}]={limits!r}: a range is (low, high) with low < high; correct it")
-    if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"{where}: WEIGHTS[{name!r}]={weight!r}: a weight is a finite number; correct it")
+    if not isinstance(weight, int | float) or not abs(weight) <= LARGEST:
+        raise ValueError(
+            f"{where}: WEIGHTS[{name!r}]={weight!r}: a weight is a finite number, at most {LARGEST:g}; correct it"
+        )
     parameters = inspect.signature(function).parameters.values()
     for parameter in parameters:
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):

@@ -21,7 +21,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from rewards.base import FailureKind, Reward, RewardInput, RewardSpec, Tags
+from rewards.base import LARGEST, FailureKind, Reward, RewardInput, RewardSpec, Tags
 from rewards.numbers import Numbers, warm_up
 from rewards.registry import make_reward
 from rewards.reward_file import load_reward_file
@@ -73,17 +73,26 @@ def judge(reward: Reward, item: RewardInput) -> tuple[float | None, FailureKind 
         item: a completion.
 
     Returns:
-        The value, or None with the failure's kind and what happened.
+        The value, or None with the failure's kind and what happened, as text that every file can hold.
     """
+    value, failure, detail = _judged(reward, item)
+    # A stranger's message may hold halves of characters, which no encoding has.
+    return value, failure, detail.encode(errors="replace").decode()
+
+
+def _judged(reward: Reward, item: RewardInput) -> tuple[float | None, FailureKind | None, str]:
     try:
         value: Any = reward(item)
+        # An integer too large for a float raises too.
+        number = float(value) if isinstance(value, numbers.Real) else None
     except (Exception, SystemExit) as error:  # noqa: BLE001  a stranger's function may raise anything; all is recorded
         return None, "exception", f"{type(error).__name__}: {error}"[:SHOWN]
-    if not isinstance(value, numbers.Real):
+    if number is None:
         return None, "not_a_number", f"returned {type(value).__name__} {value!r:.80}"
-    number = float(value)
     if not math.isfinite(number):
         return None, "not_finite", f"returned {number}"
+    if abs(number) > LARGEST:
+        return None, "out_of_range", f"returned {number}, and a reward is at most {LARGEST:g} in size"
     if not reward.low <= number <= reward.high:
         return None, "out_of_range", f"returned {number}, outside {reward.low} to {reward.high}"
     return number, None, ""

@@ -14,6 +14,7 @@ from posttrain.ledger import completions_dir, completions_path, drop_after, read
 from posttrain.rollout_log import ledger_rows
 from posttrain.rollouts import Rollout, weigh
 from recipes.schema import RLSection
+from rewards.base import Outcome
 from tests.posttrain.rollout_parts import completion, judge, problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,17 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert failed["reward_parts"] == [("points", None)]
     assert failed["reward_failures"] == [("points", "exception: boom")]
     assert failed["trainer_logps"] is None and failed["counted"] is False and failed["finish_reason"] == "length"
+
+
+def test_halves_of_characters_in_a_text_do_not_end_the_run(tmp_path: Path) -> None:
+    """No encoding has them, and a reward's exception or an engine's text may hold one."""
+    made = rollout()
+    made.judged.texts[0] = "half \udcff of one"
+    made.judged.outcomes[0] = (Outcome("points", None, "exception", "ValueError: \ud800"),)
+    write_step(tmp_path, 1, ledger_rows(1, made, logps(made)))
+    first = read_step(tmp_path, 1)[0]
+    assert first["completion"] == "half ? of one"
+    assert first["reward_failures"] == [("points", "exception: ValueError: ?")]
 
 
 def test_floats_keep_their_bits(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def misbehave(what):
             except OSError: pass
         return 5
     if what == "bool": return True
+    if what == "half": raise ValueError("bad \\udcff byte")
+    if what == "integer": return 10 ** 400
     return float(what)
 
 RANGES = {"misbehave": (0, 100)}
@@ -103,6 +105,9 @@ def items(*completions: str, **columns) -> list[RewardInput]:
         ("none", "not_a_number", "returned NoneType"),
         ("beyond", "out_of_range", "returned 101.0, outside 0.0 to 100.0"),
         ("abc", "exception", "could not convert string to float"),
+        ("half", "exception", "ValueError: bad ? byte"),
+        ("1e200", "out_of_range", "returned 1e+200, and a reward is at most 1e+30 in size"),
+        ("integer", "exception", "OverflowError"),
     ],
 )
 def test_a_failure_is_named_and_its_neighbours_are_scored_in_order(tmp_path, caplog, what, failure, detail):

@@ -53,6 +53,7 @@ def test_functions_with_the_prefix_are_rewards_in_the_files_order(tmp_path):
         ("RANGES = {'a': 1}", "RANGES['a']=1: a range is (low, high)"),
         ("RANGES = [0, 1]", "RANGES=[0, 1]: it is keyed by reward"),
         ("WEIGHTS = {'a': 'much'}", "WEIGHTS['a']='much': a weight is a finite number"),
+        ("WEIGHTS = {'a': 1e31}", "WEIGHTS['a']=1e+31: a weight is a finite number, at most 1e+30"),
         ("WEIGHTS = {'a': float('nan')}", "WEIGHTS['a']=nan: a weight is a finite number"),
         ("def reward_b(completion, /): return 1", "reward_b: completion: columns are passed by name"),
         ("def reward_b(*all): return 1", "reward_b: *all: columns are passed by name"),
