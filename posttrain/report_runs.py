@@ -128,7 +128,8 @@ def open_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder; name the folder of a run")
+        what = "is a file" if path.exists() else "there is no such folder"
+        raise ValueError(f"{path}: {what}; name the folder of a run")
     inside = [folder for folder in path.iterdir() if folder.is_dir() and _is_run(folder)]
     if _is_run(path):
         # A pipeline's folder is that of a run too; of its stages, those count that logged something.

@@ -169,12 +169,16 @@ def _encode(value: Any) -> Any:
     return value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _decode(line: str) -> dict[str, Any] | None:
     """A line's row, or None if it is not a whole row."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
         return None
-    if not isinstance(row, dict) or not all(name in row for name in ROW_FIELDS):
+    if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in ROW_FIELDS):
         return None
     return {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}

@@ -160,7 +160,7 @@ def check_policy_settings(
     if algorithm not in ALGORITHMS:
         guess = nearest(algorithm, ALGORITHMS)
         raise ValueError(
-            f"rl.algorithm: {algorithm!r}: no such algorithm; "
+            f"rl.loss_algo: {algorithm!r}: no such algorithm; "
             + (f"did you mean {guess}? " if guess else "")
             + f"use {', '.join(ALGORITHMS)}"
         )

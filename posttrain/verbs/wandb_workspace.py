@@ -18,6 +18,8 @@ NAME = "posttrain"
 """Of the view; saving it again makes another view of this name and changes none."""
 STEP_METRIC = "step"
 """The axis that every run logs beside its metrics: rows come out of order, which W&B's own step forbids."""
+NOT_IN_PROJECTS = ("/", "\\", "#", "?", "%", ":")
+"""What W&B refuses in a project's name."""
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +41,11 @@ def wandb_workspace(
     A view with a section each for evaluation, rewards, learning, policy, completions, sampler and speed. It takes the
     package wandb-workspaces and a key; without them, PROJECT-workspace.json is written instead.
     """
+    if not project or any(mark in project for mark in NOT_IN_PROJECTS):
+        raise ValueError(
+            f"PROJECT: {project!r}: a project of W&B has a name, without any of {' '.join(NOT_IN_PROJECTS)}; give the "
+            "name alone, and the user or team as --entity"
+        )
     spec = specification(project, entity)
     reason = _why_offline() if out is None else ""
     if out is not None or reason:

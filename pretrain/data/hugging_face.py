@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +66,30 @@ def load_split(source: Source) -> Any:
         )
     arguments = _local_arguments(source) if source.path is not None else _hub_arguments(source)
     try:
-        return datasets.load_dataset(**arguments, split=source.split)
+        with _quietly():
+            return datasets.load_dataset(**arguments, split=source.split)
     except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{source.named()}: `datasets` could not load it ({reason[0]}); correct the path, name or split"
         ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Progress on a terminal alone, and no log of what our error says."""
+    import datasets
+
+    level, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def _hub_arguments(source: Source) -> dict[str, object]:

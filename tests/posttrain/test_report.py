@@ -229,11 +229,14 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
     empty = write_run(tmp_path / "empty", [])
     good = write_run(tmp_path / "good", losses(1.0))
     broken = write_run(tmp_path / "broken", losses(1.0), tail="oops\n{}\n")
+    odd = write_run(tmp_path / "odd", losses(1.0), tail='{"step": "x", "attempt": 1, "time": 1.0}\n{}\n')
     (tmp_path / "nothing").mkdir()
     cases = [
         ([empty], "there is no row of metrics"),
         ([tmp_path / "nothing"], "is no run"),
         ([tmp_path / "absent"], "there is no such folder"),
+        ([good / "metrics.jsonl"], "metrics.jsonl: is a file; name the folder of a run"),
+        ([odd], "odd/metrics.jsonl:2: is no row of metrics"),
         ([good, good / ".." / "empty"], "add --out FOLDER"),
         ([broken], "broken/metrics.jsonl:2: is no row of metrics"),
         ([good, "--out", good / "metrics.jsonl"], "choose another folder"),

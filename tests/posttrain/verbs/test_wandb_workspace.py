@@ -44,6 +44,15 @@ def test_out_writes_where_it_says_and_asks_nothing_of_wandb(tmp_path, monkeypatc
     assert cli.main(["wandb-workspace", "maths", "--out", str(tmp_path / "absent" / "spec.json")]) == 2
 
 
+@pytest.mark.parametrize("project", ["", "../../x", "me/maths"])
+def test_a_name_that_no_project_has_writes_nothing(tmp_path, monkeypatch, capsys, project):
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "there")
+    assert cli.main(["wandb-workspace", project]) == 2
+    assert f"PROJECT: {project!r}: a project of W&B has a name" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @pytest.mark.parametrize("missing", ["package", "key"])
 def test_without_the_package_or_a_key_the_layout_is_written(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.chdir(tmp_path)

@@ -95,11 +95,12 @@ def test_column_of_numbers_is_refused(tmp_path):
         ("broken.jsonl", '{"text": "a"}\n{"text": ', "could not load it"),
     ],
 )
-def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, message):
+def test_files_that_cannot_be_read_are_refused(tmp_path, capfd, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"data\.path=.*{name}.*{message}.*; "):
         read(path=str(tmp_path / name))
+    assert capfd.readouterr().err == "", "the error says it, and nothing else does"
 
 
 def test_split_that_a_folder_lacks_is_refused(tmp_path):
