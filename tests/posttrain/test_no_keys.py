@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).resolve().parents[2]
 # Written in pieces, so that no scanner of keys takes this file for a leak. W&B takes keys of 40 letters alone.
 KEYS = {
