@@ -15,7 +15,7 @@ from recipes.rundir import checkpoints_dir
 from tests.pretrain import runs
 from tests.pretrain.runs import losses, saved
 
-pytestmark = pytest.mark.multidevice
+pytestmark = [pytest.mark.multidevice, pytest.mark.usefixtures("quick_compiles")]
 
 SECONDS = 400
 """A group that takes longer hangs."""
