@@ -130,7 +130,7 @@ rl:
   beta: {BETA}
 rewards: {{functions: {{length: 1.0}}, options: {{length: {{target: {REWARD_CHARACTERS}, unit: characters}}}}}}
 sampler: {{engine: {engine}, num_slots: {NUM_SLOTS[engine]}}}
-train: {{steps: 1000000, per_device_batch_size: 16}}
+train: {{steps: 1000000, per_device_batch_size: 2}}
 mesh: {{num_devices: 1}}
 optimizer: {{learning_rate: {LEARNING_RATE}}}
 schedule: {{kind: constant, warmup_fraction: 0.0, steps: 1000000}}
