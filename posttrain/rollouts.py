@@ -135,7 +135,7 @@ class Judge:
             item_seconds=section.timeout_seconds,
             call_seconds=section.call_seconds,
             start_seconds=section.start_seconds,
-            memory_bytes=None,
+            memory_bytes=None if section.memory_gib is None else int(section.memory_gib * 2**30),
         )
         self._pool = RewardPool(specs, tags=TAGS, reward_file=reward_file, limits=limits)
         self._on_failure: FailureRule = section.on_failure

@@ -235,8 +235,8 @@ class RewardPool:
             late = f" within {self._limits.start_seconds:g} s" if kind == "timeout" else ""
             raise RewardPoolError(
                 f"reward pool: {self._bad_starts} workers in a row ended before they answered{late} ({how}): no reward "
-                "is at fault alone; look at the reward file's imports and at this machine's free memory, lower "
-                "rewards.num_workers, or raise rewards.start_seconds where they start slowly"
+                "is at fault alone; look at the reward file's imports, at rewards.memory_gib and this machine's free "
+                "memory, lower rewards.num_workers, or raise rewards.start_seconds where they start slowly"
             )
         if call is None and not self._infos:
             self._add_worker()

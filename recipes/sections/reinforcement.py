@@ -168,6 +168,8 @@ class RewardsSection(Section):
     """The time for a process that runs rewards to start and to read the --reward-file."""
     num_workers: Annotated[int, Field(ge=1)] = 1
     """Processes that compute rewards."""
+    memory_gib: Annotated[float | None, Field(ge=0.25)] = 4.0
+    """Address space of each, in GiB; a reward that wants more has failed. null sets no limit."""
     changed_file: Literal["refuse", "accept"] = "refuse"
     """Whether a run goes on with another --reward-file than it has learnt from; its provenance notes the change."""
 

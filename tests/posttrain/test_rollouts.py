@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from models.tokenizer import load_tokenizer
 from posttrain.data.prompts import PromptRow
 from posttrain.rollout_log import ledger_rows, rollout_metrics, unlearnt
-from posttrain.rollouts import Judged, NoSignal, RewardStop, Rollout, collect, sample, weigh
+from posttrain.rollouts import Judge, Judged, NoSignal, RewardStop, Rollout, collect, sample, weigh
 from posttrain.samplers.base import Completion, SamplerError, Sampling
-from recipes.schema import RLSection
+from recipes.schema import RewardsSection, RLSection, TokenizerSection
 from tests.posttrain.rollout_parts import FakeSampler, completion, judge, problem
 
 SAMPLING = Sampling(max_tokens=4, temperature=1.0, num_samples=2)
@@ -281,6 +283,20 @@ def test_what_ends_a_step_early_has_the_completions_of_every_round() -> None:
 
 
 # --- the log ---
+
+
+def test_a_reward_that_wants_more_memory_than_the_recipe_gives_fails_and_is_counted(tmp_path: Path) -> None:
+    """One GiB of zeros, of which no page is touched, under half a GiB and under no limit."""
+    file = tmp_path / "greedy.py"
+    file.write_text("def reward_greedy(completion):\n    return float(len(bytearray(1 << 30)) > 0)\n")
+    tokenizer = load_tokenizer(TokenizerSection(path="bytes"))
+    for limit, failures in ((0.5, {("greedy", "exception"): 1}), (None, {})):
+        section = RewardsSection(functions={}, memory_gib=limit)
+        with Judge(section, reward_file=file) as judge_all:
+            judged = judge_all([problem(1)], [completion(1, 0)], tokenizer)
+        assert judged.combined.failures == failures
+        assert judged.totals().tolist() == [[0.0 if failures else 1.0]]
+        assert judged.outcomes[0][0].detail == ("MemoryError: " if failures else "")
 
 
 def test_metrics_by_hand() -> None:
