@@ -36,11 +36,29 @@ class Report:
     estimates: dict[str, Estimate]
     """By name: `greedy`, `avg@k`, `pass@k`, `maj@k`."""
     problems: list[dict[str, Any]]
-    """One record a problem: question, answer, completions, and which of them are correct."""
+    """One record a problem: question, answer, completions, how each ended, and whether it is correct or its reward
+    failed."""
     seconds: float
 
+    def failures(self) -> list[str]:
+        """Of each completion whose reward gave no value, why; it counts as wrong."""
+        return [why for why in self._of_completions("greedy_failure", "sampled_failures") if why is not None]
+
+    def finishes(self) -> list[str]:
+        """Of each completion, how it ended."""
+        return self._of_completions("greedy_finish", "sampled_finish")
+
+    def _of_completions(self, greedy: str, sampled: str) -> list[Any]:
+        return [one for record in self.problems for one in (record[greedy], *record.get(sampled, ()))]
+
+    def counts(self) -> dict[str, float]:
+        """How many completions there are and how many rewards failed, and the share that was truncated."""
+        finishes = self.finishes()
+        truncated = sum(one == "length" for one in finishes) / max(len(finishes), 1)
+        return {"completions": len(finishes), "failures": len(self.failures()), "truncated": truncated}
+
     def metrics(self) -> dict[str, float]:
-        """Under the names of the log: `evaluation/<name>`, with `_low` and `_high`."""
+        """Under the names of the log: `evaluation/<name>`, with `_low` and `_high`; of the counts no bounds."""
         row: dict[str, float] = {}
         for name, estimate in self.estimates.items():
             row |= {
@@ -48,22 +66,32 @@ class Report:
                 f"evaluation/{name}_low": estimate.low,
                 f"evaluation/{name}_high": estimate.high,
             }
-        return row | {"evaluation/seconds": self.seconds}
+        counts = {f"evaluation/{name}": float(count) for name, count in self.counts().items()}
+        return row | counts | {"evaluation/seconds": self.seconds}
 
     def table(self) -> str:
-        """The estimates as lines of text."""
+        """The estimates as lines of text; and a line where rewards failed, and where completions were truncated."""
         width = max(map(len, self.estimates))
-        return "\n".join(
+        lines = [
             f"  {name:<{width}}  {100 * one.value:5.1f} %   [{100 * one.low:.1f}, {100 * one.high:.1f}]   "
             f"of {one.num_problems} problems"
             for name, one in self.estimates.items()
-        )
+        ]
+        failures, finishes = self.failures(), self.finishes()
+        if failures:
+            lines.append(
+                f"  {len(failures)} of {len(finishes)} completions count as wrong because their reward failed, as by "
+                f"{failures[0]}"
+            )
+        if truncated := sum(one == "length" for one in finishes):
+            lines.append(f"  {truncated} of {len(finishes)} completions ran to the longest length allowed")
+        return "\n".join(lines)
 
     def write(self, folder: Path, name: str) -> None:
-        """Writes `<name>.json` with the estimates and `<name>.jsonl` with the problems."""
+        """Writes `<name>.json` with the estimates and counts, and `<name>.jsonl` with the problems."""
         folder.mkdir(parents=True, exist_ok=True)
-        estimates = {key: asdict(one) for key, one in self.estimates.items()}
-        write_atomically(folder / f"{name}.json", json.dumps(estimates, indent=1) + "\n")
+        found = {key: asdict(one) for key, one in self.estimates.items()} | self.counts()
+        write_atomically(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in self.problems))
 
 
@@ -140,10 +168,16 @@ class Evaluator:
         judged = self.judge(rows, sample(sampler, rows, sampling), self.tokenizer)
         place = [info.name for info in self.judge.infos].index(self.correct)
         highest = self.judge.infos[place].high
-        values = [outcomes[place].value for outcomes in judged.outcomes]
+        said = [outcomes[place] for outcomes in judged.outcomes]
         # A reward that failed does not say that the answer is right.
-        correct = np.array([value is not None and value >= highest for value in values]).reshape(len(rows), num_samples)
-        return _Tried(judged.texts, correct, num_samples)
+        correct = np.array([one.value is not None and one.value >= highest for one in said])
+        return _Tried(
+            judged.texts,
+            correct.reshape(len(rows), num_samples),
+            [None if one.failure is None else f"{one.reward}: {one.failure}: {one.detail}" for one in said],
+            [one.finish_reason for one in judged.completions],
+            num_samples,
+        )
 
     def _estimates(self, tried: "_Tried") -> list[Estimate]:
         """avg@k, and for several samples pass@k and maj@k.
@@ -155,7 +189,7 @@ class Evaluator:
         figures = [avg_at_k(tried.correct)]
         if k > 1:
             pairs = list(zip(self.rows, tried.correct.tolist(), strict=True))
-            votes = [_votes(tried.of(i), correct, row.answer) for i, (row, correct) in enumerate(pairs)]
+            votes = [_votes(tried.of(i, tried.texts), correct, row.answer) for i, (row, correct) in enumerate(pairs)]
             figures.append(np.array([pass_at_k(k, sum(correct), k) for _, correct in pairs]))
             figures.append(
                 np.array([maj_at_k(one, correct, k) for one, (_, correct) in zip(votes, pairs, strict=True)])
@@ -171,11 +205,18 @@ class Evaluator:
                 "prompt_id": row.prompt_id,
                 "question": row.question,
                 "answer": row.answer,
-                "greedy": greedy.of(i)[0],
+                "greedy": greedy.texts[i],
                 "greedy_correct": bool(greedy.correct[i, 0]),
+                "greedy_failure": greedy.failures[i],
+                "greedy_finish": greedy.finishes[i],
             }
             if sampled is not None:
-                record |= {"sampled": sampled.of(i), "sampled_correct": sampled.correct[i].tolist()}
+                record |= {
+                    "sampled": sampled.of(i, sampled.texts),
+                    "sampled_correct": sampled.correct[i].tolist(),
+                    "sampled_failures": sampled.of(i, sampled.failures),
+                    "sampled_finish": sampled.of(i, sampled.finishes),
+                }
             records.append(record)
         return records
 
@@ -184,11 +225,14 @@ class Evaluator:
 class _Tried:
     texts: list[str]
     correct: np.ndarray
+    failures: list[str | None]
+    """Why the reward that says what is right gave no value."""
+    finishes: list[str]
     num_samples: int
 
-    def of(self, problem: int) -> list[str]:
-        """The completions of one problem."""
-        return self.texts[problem * self.num_samples : (problem + 1) * self.num_samples]
+    def of(self, problem: int, flat: list[Any]) -> list[Any]:
+        """The part of one problem, of what has an entry a completion."""
+        return flat[problem * self.num_samples : (problem + 1) * self.num_samples]
 
 
 def _votes(texts: Sequence[str], correct: Sequence[bool], gold: str) -> list[str | None]:

@@ -42,7 +42,8 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
         The folder of the files, and the report.
 
     Raises:
-        ValueError: the recipe names no held-out problems or does not fit its model, or run.dir is of a training run.
+        ValueError: the recipe names no held-out problems or does not fit its model, run.dir is of a training run, or
+            the reward that says what is right failed on every completion.
         SamplerError: the engine failed, or does not hold the model.
     """
     recipe = loaded.recipe
@@ -76,6 +77,7 @@ def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None =
                 sampler.close()
             folder = attempt.dir / "evaluations"
             report.write(folder, "evaluation")
+            _require_judged(evaluator.correct, report, folder)
             _log(recipe, attempt, report)
             return folder, report
 
@@ -94,6 +96,16 @@ def _require_own_folder(recipe: ProblemsRecipe) -> None:
         raise ValueError(
             f"run.dir={folder}: holds {held}, and an evaluation has a folder of its own; name another run.dir, and set "
             f"model.load_parameters_path={folder} to evaluate that run"
+        )
+
+
+def _require_judged(correct: str, report: Report, folder: Path) -> None:
+    """Raises ValueError where no completion was judged at all, so that 0 % says nothing of the model."""
+    failures = report.failures()
+    if failures and len(failures) == len(report.finishes()):
+        raise ValueError(
+            f"reward {correct}: it failed on all {len(failures)} completions, as by {failures[0]}: nothing "
+            f"is known of what is right; mend the reward, or give it more time or memory ({folder} has the completions)"
         )
 
 

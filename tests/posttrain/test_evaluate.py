@@ -1,5 +1,6 @@
 """The evaluation with an engine whose answers are given: which gold answer judges what, and the figures by hand."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_intervals_are_of_problems_and_not_of_samples(reports: dict[str, Report]
     assert (estimates["avg@4"].low, estimates["avg@4"].high) == (0.25, 0.75)
     row = reports["gsm8k_exact"].metrics()
     assert row["evaluation/avg@4"] == 0.5 and row["evaluation/avg@4_low"] == 0.25
-    assert row["evaluation/seconds"] > 0 and len(row) == 3 * 4 + 1
+    assert row["evaluation/seconds"] > 0 and len(row) == 3 * 4 + 4
 
 
 def test_each_problem_has_a_line_with_its_own_completions(reports: dict[str, Report], tmp_path: Path) -> None:
@@ -137,13 +138,21 @@ def test_each_problem_has_a_line_with_its_own_completions(reports: dict[str, Rep
             "answer": GOLD[one],
             "greedy": GREEDY[one],
             "greedy_correct": right[one][0],
+            "greedy_failure": None,
+            "greedy_finish": "stop",
             "sampled": SAMPLED[one],
             "sampled_correct": [bool(flag) for flag in right[one][1]],
+            "sampled_failures": [None] * 4,
+            "sampled_finish": ["stop"] * 4,
         }
         for one in (5, 3, 9)
     ]
     found = json.loads((tmp_path / "step-000003.json").read_text())
+    assert {name: found.pop(name) for name in ("completions", "failures", "truncated")} == {
+        "completions": 15, "failures": 0, "truncated": 0.0
+    }  # fmt: skip
     assert {name: one["value"] for name, one in found.items()} == values(reports["numbers"])
+    assert len(reports["numbers"].table().splitlines()) == 4
 
 
 def test_both_passes_ask_the_engine_for_what_the_recipe_says(tokenizer: Tokenizer) -> None:
@@ -189,5 +198,25 @@ def test_a_right_sample_whose_answer_is_not_found_votes_with_the_gold_answer(tok
 def test_a_reward_that_failed_does_not_say_that_the_answer_is_right(tokenizer: Tokenizer) -> None:
     engine = Engine(tokenizer, GREEDY, SAMPLED)
     judge = GivenJudge(lambda text, gold: None if gold == "72" else 1.0)
-    found = values(evaluator(tokenizer, judge, "given", num_samples=4)(engine))
-    np.testing.assert_allclose(list(found.values()), [2 / 3] * 4, rtol=0, atol=1e-12)
+    report = evaluator(tokenizer, judge, "given", num_samples=4)(engine)
+    np.testing.assert_allclose(list(values(report).values()), [2 / 3] * 4, rtol=0, atol=1e-12)
+    # Five completions of one problem of three.
+    row = report.metrics()
+    assert (row["evaluation/failures"], row["evaluation/completions"], row["evaluation/truncated"]) == (5, 15, 0)
+    record = report.problems[0]
+    assert (record["greedy_failure"], record["sampled_failures"]) == ("given: exception: ", ["given: exception: "] * 4)
+    assert "  5 of 15 completions count as wrong because their reward failed, as by given: exc" in report.table()
+
+
+def test_truncated_completions_are_counted(tokenizer: Tokenizer) -> None:
+    """Of three greedy ones and twelve sampled ones the three greedy."""
+
+    class Cut(Engine):
+        def _write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+            finish: Any = "length" if sampling.temperature == 0 else "stop"
+            return [dataclasses.replace(one, finish_reason=finish) for one in super()._write(prompts, sampling)]
+
+    report = evaluator(tokenizer, GivenJudge(lambda text, gold: 1.0), "given")(Cut(tokenizer, GREEDY, SAMPLED))
+    assert report.metrics()["evaluation/truncated"] == 3 / 15
+    assert [one["greedy_finish"] for one in report.problems] == ["length"] * 3
+    assert report.table().endswith("\n  3 of 15 completions ran to the longest length allowed")

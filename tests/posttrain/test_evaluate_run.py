@@ -56,11 +56,11 @@ class FakeInfo:
     step: int
 
 
-def evaluate(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+def evaluate(folder: Path, name: str, *overrides: str, reward_file: Path | None = None) -> dict[str, Any]:
     """Evaluates on two problems by their length, of which four is the best; gives the rows that the run then has."""
     held_out = (f"data.eval_path={folder}/examples.jsonl", "data.num_eval_problems=2", "eval.num_samples=0")
     rewards = ("rewards.functions={gsm8k_exact: 1.0}", "rewards.options={}")
-    evaluate_run.run(load("grpo", folder, name, *held_out, *rewards, *overrides), ["test"])
+    evaluate_run.run(load("grpo", folder, name, *held_out, *rewards, *overrides), ["test"], reward_file=reward_file)
     return {row["step"]: row for row in read_metrics(metrics_path(folder / name))}
 
 
@@ -89,6 +89,19 @@ def test_the_weights_are_those_that_the_recipe_names_by_either_key(tmp_path: Pat
     rows = evaluate(tmp_path, "run", f"model.{key}={tmp_path}/checkpoints/40")
     assert [one.load_parameters_path for one in engine.synced] == [f"{tmp_path}/checkpoints/40"]
     assert list(rows) == [40] and rows[40]["evaluation/greedy"] == 0.0
+
+
+def test_an_evaluation_of_which_no_reward_came_is_an_error_and_not_nothing_solved(
+    tmp_path: Path, engine: Engine
+) -> None:
+    """With the rule that a failed reward counts 0. What was written stays to be looked at; no figure is logged."""
+    judge = tmp_path / "judge.py"
+    judge.write_text("RANGES = {'dead': (0, 1)}\ndef reward_dead(completion):\n    raise ConnectionError('no judge')\n")
+    with pytest.raises(ValueError, match=r"^reward dead: it failed on all 2 completions, as by dead: exception: Conn"):
+        evaluate(tmp_path, "run", "eval.correct=dead", reward_file=judge)
+    lines = (tmp_path / "run" / "evaluations" / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["greedy_failure"] for line in lines] == ["dead: exception: ConnectionError: no judge"] * 2
+    assert not metrics_path(tmp_path / "run").exists()
 
 
 def test_an_evaluation_replaces_the_one_that_its_folder_holds(tmp_path: Path, engine: Engine) -> None:
