@@ -62,7 +62,21 @@ def load_all(data: PromptDataSection) -> Problems:
             key_prefix="data.",
         )
     )
+    _warn_of_shared(train[: data.num_problems], held_out[: data.num_eval_problems])
     return Problems(train, held_out)
+
+
+def _warn_of_shared(train: Sequence[Problem], held_out: Sequence[Problem]) -> None:
+    """Tells of questions that are trained on and held out, letter for letter."""
+    trained = {problem.question for problem in train}
+    shared = sum(problem.question in trained for problem in held_out)
+    if shared:
+        logger.warning(
+            "data: %d of %d held-out questions are also among those that are trained on, so that solving them says "
+            "nothing of new ones; name other data.eval_path, data.eval_name or data.eval_split",
+            shared,
+            len(held_out),
+        )
 
 
 def _stories(data: PromptDataSection, split: Any, count: int) -> list[Problem]:
