@@ -11,6 +11,8 @@ from recipes.rundir import checkpoints_dir, metrics_path
 from tests.pretrain import runs
 from tests.pretrain.runs import assert_same_bits, losses, saved, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS = 150
 SAVING = "checkpoint.interval=2"
 """Saves take longer than the two steps between them, so a random moment may well be in one."""

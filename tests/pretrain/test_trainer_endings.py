@@ -27,6 +27,8 @@ from recipes.rundir import checkpoints_dir, metrics_path
 from tests.pretrain import runs
 from tests.pretrain.runs import assert_same_bits, losses, saved, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # A rate at which the first update makes the second step's gradients overflow.
 EXPLODES = ("optimizer.learning_rate=1e30", "optimizer.clip_norm=0")
 
