@@ -89,7 +89,14 @@ def read_done(run_dir: Path, name: str) -> DoneStage | None:
     Raises:
         ValueError: the file is damaged.
     """
-    return _read(done_path(run_dir, name), DoneStage)
+
+    # Only of a damaged record is this asked. The stage gets another identity, so that these would be refused.
+    def remedy() -> str:
+        later = ", ".join(str(run_dir / one) for one in _made_from(run_dir, name))
+        anew = f" (remove what was made from it as well: {later})" if later else ""
+        return f"remove it, and the stage's folder is taken up again{anew}"
+
+    return _read(done_path(run_dir, name), DoneStage, remedy)
 
 
 def read_begun(run_dir: Path, name: str) -> Origin | None:
@@ -98,19 +105,32 @@ def read_begun(run_dir: Path, name: str) -> Origin | None:
     Raises:
         ValueError: the file is damaged.
     """
-    return _read(begun_path(run_dir, name), Origin)
+    return _read(begun_path(run_dir, name), Origin, lambda: f"remove {run_dir / name} to begin the stage anew")
 
 
-def _read(path: Path, record: Callable[..., Record]) -> Record | None:
+def _made_from(run_dir: Path, name: str) -> list[str]:
+    """The stages that were begun from a stage, or from one that was, by name; those whose record is damaged aside."""
+    needs: dict[str, Any] = {}
+    for path in run_dir.glob(f"*/{BEGUN_NAME}"):
+        try:
+            needs[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))["made_from"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            continue
+    found, added = {name}, True
+    while added:
+        more = {stage for stage, made_from in needs.items() if found & set(made_from)} - found
+        found, added = found | more, bool(more)
+    return sorted(found - {name})
+
+
+def _read(path: Path, record: Callable[..., Record], remedy: Callable[[], str]) -> Record | None:
     if not path.is_file():
         return None
     try:
         # Records of an earlier version know of no files.
         return record(**{"files": {}, **json.loads(path.read_text(encoding="utf-8"))})
     except (json.JSONDecodeError, TypeError):
-        raise ValueError(
-            f"{path}: is no record of a stage; remove it, and the stage's folder is taken up again"
-        ) from None
+        raise ValueError(f"{path}: is no record of a stage; {remedy()}") from None
 
 
 def begin_stage(run_dir: Path, stage: Stage, *, reward_hash: str | None) -> None:

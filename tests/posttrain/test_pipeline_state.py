@@ -79,6 +79,33 @@ def test_a_checkpoint_of_nobody_knows_what_is_refused(stopped: Fakes) -> None:
     assert "stage sft was begun, and there is no begun.json that says from what; remove" in line
 
 
+def test_what_is_said_of_a_damaged_record_helps(stopped: Fakes) -> None:
+    """Of a stage in the middle, too, from which others were made, and from those again others."""
+    run = stopped.folder / "run"
+    stopped()
+    later = [run / "eval_sft", run / "grpo"]
+    done_path(run, "sft").write_text('{"name": "sf')
+    said = f"remove what was made from it as well: {later[0]}, {later[1]}"
+    (line,) = stopped.refused()
+    assert line == (
+        f"{run}/sft/stage.json: is no record of a stage; remove it, and the stage's folder is taken up again ({said})"
+    )
+    done_path(run, "sft").unlink()
+    for folder in later:
+        shutil.rmtree(folder)
+    stopped.ran.clear()
+    stopped()
+    assert stopped.ran == ["sft", "grpo", "eval_sft"]
+    # The last has none after it; of one that was only begun the folder goes.
+    done_path(run, "eval_sft").write_text("[]")
+    (line,) = stopped.refused()
+    assert line.endswith("the stage's folder is taken up again")
+    done_path(run, "eval_sft").unlink()
+    begun_path(run, "eval_sft").write_text("{}")
+    (line,) = stopped.refused()
+    assert line == f"{run}/eval_sft/begun.json: is no record of a stage; remove {run}/eval_sft to begin the stage anew"
+
+
 @pytest.mark.parametrize("how", ["moved", "named from elsewhere"])
 def test_a_half_done_pipeline_goes_on_in_another_place(
     stopped: Fakes, how: str, monkeypatch: pytest.MonkeyPatch
