@@ -39,7 +39,7 @@ _FREE_ON_RESUME = re.compile(
     # sums over another number of slots differ in the last bit.
     r"|doctor\..*|sampler\.(engine|memory_gib|memory_share|timeout_seconds)"
     # And what an error about a step's rewards asks for, so that the run can go on.
-    r"|rl\.max_resamples|rewards\.(on_failure|changed_file|num_workers|(timeout|call|start)_seconds)"
+    r"|rl\.max_resamples|rewards\.(on_failure|changed_file|num_workers|memory_gib|(timeout|call|start)_seconds)"
     r"|train\.(steps|on_nonfinite|shardy|loss_chunk_size)|optimizer\.(memory|shard_over_data)|model\.(remat|attention)"
 )
 

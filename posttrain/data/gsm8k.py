@@ -92,7 +92,7 @@ def load_problems(source: ProblemSource) -> list[Problem]:
         if column not in rows.features:
             raise ValueError(
                 f"{found.named()}: column {column!r}: the data has the columns {', '.join(sorted(rows.features))}; "
-                "name the question's and the answer's"
+                "name the question's and the answer's, as data.question_column and data.answer_column"
             )
     if len(rows) == 0:
         raise ValueError(f"{found.named()}: it holds no problems; name other data")
@@ -116,7 +116,7 @@ def gold_answer(solution: str, where: str) -> str:
     if answer is None:
         raise ValueError(
             f"{where}: answer {solution[-60:]!r}: a solution ends with {MARK} and the answer; correct the row, or set "
-            "the answer's mark to null if the column holds the answer alone"
+            "data.answer_mark=null if the column holds the answer alone"
         )
     return answer
 

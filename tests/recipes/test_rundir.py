@@ -255,6 +255,7 @@ def test_what_does_not_decide_the_numbers_may_change_and_is_recorded_while_the_f
         # Another number of slots changes log-probabilities by an ulp.
         ("sampler.num_slots", False),
         ("rewards.num_workers", True),
+        ("rewards.memory_gib", True),
         ("rewards.timeout_seconds", True),
         ("rewards.call_seconds", True),
         ("rewards.start_seconds", True),
