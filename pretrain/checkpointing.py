@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,9 +41,9 @@ class Identity:
     """The model that the adapters belong to; known once it is loaded."""
 
     def run_info(
-        self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None, *, skipped_steps: int
+        self, step: int, data_state: dict[str, Any] | None, wandb_run_id: str | None, *, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The fields of `run.json`."""
+        """The fields of `run.json`; `extra` is what the run keeps beside its state."""
         return {
             "format": FORMAT,
             "step": step,
@@ -56,7 +57,7 @@ class Identity:
             "rng": {"seed": self.seed, "step": step},
             "extra": {
                 "rows_per_step": self.rows_per_step,
-                "skipped_steps": skipped_steps,
+                **extra,
                 **adapter_extra(self.adapters, self.base),
             },
         }
@@ -171,7 +172,7 @@ def restore_state(
 
 def require_same_run(info: RunInfo, identity: Identity, step_dir: Path) -> None:
     """Raises ValueError naming what differs between a checkpoint and the recipe: model, layout, rows a step."""
-    wanted = identity.run_info(info.step, None, None, skipped_steps=0)
+    wanted = identity.run_info(info.step, None, None, extra={})
     differing = [
         f"{key}: checkpoint {info.model.get(key)!r}, recipe {value!r}"
         for key, value in wanted["model"].items()

@@ -4,13 +4,14 @@
         session.step(batch)
 
 Metrics are read one step late, so that the host prepares a step while the device computes the one before. After a step
-that evaluates, saves, or ends the run, they are read at once.
+that evaluates, saves, or ends the run, they are read at once. A step that is due is saved before it is evaluated: what
+fails or is killed in an evaluation loses no step, and an attempt that goes on makes up for the evaluation.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from pretrain.setup import ModelSetup, SessionSetup
 from pretrain.start import first_state
 from pretrain.state import TrainState
 from pretrain.step import ROWS, Batch, Metrics, StepOptions
-from recipes.metrics import MetricsWriter, open_metrics
-from recipes.rundir import Run, checkpoints_dir, profile_dir, record_devices, wandb_id_path
+from recipes.metrics import MetricsWriter, open_metrics, read_metrics
+from recipes.rundir import Run, checkpoints_dir, metrics_path, profile_dir, record_devices, wandb_id_path
 from recipes.schema import ModelSection, TrainingRecipe, recipe_hash
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,12 @@ class Work:
     """The trained tokens of a step, from its metrics."""
     before_save: Callable[[], None] = lambda: None
     """Called before each save; what it raises is raised instead of saving."""
+    endings: tuple[type[Exception], ...] = ()
+    """Errors that end a run between two steps, and say nothing against those it made: the last is saved."""
+    extra: Callable[[], dict[str, Any]] = dict
+    """What else a checkpoint keeps, JSON values by name."""
+    take_up: Callable[[Mapping[str, Any]], None] = lambda extra: None
+    """Given what the checkpoint kept that the run goes on from; entries of a later version may be missing."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class TrainingSession:
         run_dir: Path,
         state: TrainState,
         skipped: int,
+        owes_evaluation: bool,
         manager: CheckpointManager | None,
         writer: MetricsWriter,
         stop: StopRequest,
@@ -94,7 +102,7 @@ class TrainingSession:
         trace: Trace,
     ) -> None:
         self.recipe, self.work, self.identity, self.run_dir = recipe, work, identity, run_dir
-        self.state, self.skipped = state, skipped
+        self.state, self.skipped, self._owes_evaluation = state, skipped, owes_evaluation
         self.manager, self.writer, self.stop, self.timer, self.trace = manager, writer, stop, timer, trace
         self.start = self.done = int(state.step)
         self.seed_key = jax.random.fold_in(jax.random.key(recipe.train.seed), 1)
@@ -113,6 +121,7 @@ class TrainingSession:
 
     def next_batch(self) -> Batch | None:
         """The batch of the next step, on the mesh; None once the run has ended."""
+        self.make_up_evaluation()
         return None if self._ended else self.work.next_batch()
 
     def step(self, batch: Batch) -> Metrics:
@@ -124,17 +133,17 @@ class TrainingSession:
         Raises:
             NonFiniteError: loss or gradients became non-finite and train.on_nonfinite=stop.
             DataEnded: there were no tokens left.
-            Interrupted: SIGTERM or SIGINT came; the state is saved.
+            Interrupted: SIGTERM or SIGINT came; the state is saved. An evaluation that was due is made up for.
             SaveError: an earlier save failed.
         """
-        recipe = self.recipe
+        recipe, checkpoint = self.recipe, self.recipe.checkpoint
         self.done += 1
         dispatched = self._dispatch(batch)
         if recipe.train.on_nonfinite == "stop":
             self._proceed = dispatched.metrics["finite"]
         evaluates, saves = (
             is_due(self.work.evaluation_interval, self.done),
-            is_due(recipe.checkpoint.interval, self.done),
+            is_due(checkpoint.interval, self.done),
         )
         interrupted, last = self._vote(), self.done == recipe.train.steps
         self.flush()
@@ -142,11 +151,13 @@ class TrainingSession:
         if not (evaluates or saves or interrupted or last):
             return dispatched.metrics
         self.flush()
-        reached = evaluates and self._evaluate()
-        finishes = last or reached or interrupted
-        if saves or (finishes and (recipe.checkpoint.on_completion or interrupted)):
-            self.save(blocking=interrupted or not recipe.checkpoint.asynchronous)
-        if interrupted and not (last or reached):
+        saved = saves or interrupted or (last and checkpoint.on_completion)
+        if saved:
+            self.save(blocking=interrupted or not checkpoint.asynchronous)
+        reached = evaluates and not interrupted and self._evaluate()
+        if reached and not saved and checkpoint.on_completion:
+            self.save(blocking=not checkpoint.asynchronous)
+        if interrupted and (evaluates or not last):
             raise Interrupted(self._stop_message())
         self._ended = last or reached
         self.timer.start()
@@ -158,6 +169,28 @@ class TrainingSession:
             step, self._pending = self._pending, None
             self._report(step)
 
+    def make_up_evaluation(self) -> None:
+        """Makes the evaluation that was due after the step that the run goes on from, where that wasn't made."""
+        if self._owes_evaluation:
+            self._owes_evaluation = False
+            self._ended |= self._evaluate()
+            self.timer.start()
+
+    def end_if_asked(self) -> None:
+        """For what takes long between steps, on a host that is alone.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; the state is saved, if it is any but the first.
+        """
+        if self.stop.name is not None and jax.process_count() == 1:
+            self.save_if_new()
+            raise Interrupted(self._stop_message())
+
+    def save_if_new(self) -> None:
+        """Saves the state, unless this attempt began with it."""
+        if int(self.state.step) > self.start:
+            self.save(blocking=True)
+
     def save(self, *, blocking: bool) -> None:
         """Saves the state as it is, where the recipe has checkpoints."""
         if self.manager is None:
@@ -167,13 +200,22 @@ class TrainingSession:
         path = wandb_id_path(self.run_dir)
         wandb_id = path.read_text(encoding="utf-8").strip() if path.is_file() else None
         done = int(self.state.step)
-        info = self.identity.run_info(done, self.work.data_state(), wandb_id, skipped_steps=self.skipped)
+        extra = {"skipped_steps": self.skipped, **self.work.extra()}
+        info = self.identity.run_info(done, self.work.data_state(), wandb_id, extra=extra)
         self.manager.save(done, self.work.items(self.state), info, blocking=blocking)
 
-    def save_before_data_end(self) -> None:
-        """Saves after `DataEnded`: steps without tokens changed nothing, so the state is that of the last with some."""
-        if self.recipe.checkpoint.on_completion and int(self.state.step) > self.start:
-            self.save(blocking=True)
+    def save_before(self, end: Exception) -> None:
+        """Saves the last step before an error ends the run, and says where it is.
+
+        After `DataEnded` the state is that of the last step with tokens, since those without changed nothing; as it is
+        a completion, the recipe may want no save.
+        """
+        if isinstance(end, DataEnded) and not self.recipe.checkpoint.on_completion:
+            return
+        self.save_if_new()
+        done = int(self.state.step)
+        if self.manager is not None and self.manager.step_dir(done).exists():
+            end.args = (f"{end}; the state after {done} steps is saved in {self.manager.step_dir(done)}",)
 
     def _dispatch(self, batch: Batch) -> Dispatched:
         self.trace.before(self.done)
@@ -226,6 +268,8 @@ class TrainingSession:
         asked = f"{self.stop.name or 'another host'}: stopped after {self.done} steps"
         if self.manager is None:
             return f"{asked}; nothing was saved, since checkpoint.enabled=false"
+        if not self.manager.step_dir(int(self.state.step)).exists():
+            return f"{asked}; there was nothing to save, and the same command begins anew"
         return f"{asked} and saved; go on with run.dir={self.run_dir} run.resume=must"
 
 
@@ -288,8 +332,10 @@ def run_session(
     folder = checkpoints_dir(attempt.dir)
     manager = open_manager(folder, recipe.checkpoint) if recipe.checkpoint.enabled else None
     trace = Trace(profile_dir(attempt.dir), recipe.logging.profile_steps)
+    endings: tuple[type[Exception], ...] = (DataEnded, *work.endings)
     try:
-        state, skipped = first_state(recipe.model_copy(update={"model": weights}), setup, identity, folder)
+        state, extra = first_state(recipe.model_copy(update={"model": weights}), setup, identity, folder)
+        work.take_up(extra)
         identity = identity.with_base(state.params)
         writer = open_metrics(attempt, recipe, restored_step=int(state.step), total_steps=recipe.train.steps)
         with writer, StopRequest() as stop:
@@ -299,7 +345,8 @@ def run_session(
                 identity,
                 run_dir=attempt.dir,
                 state=state,
-                skipped=skipped,
+                skipped=extra["skipped_steps"],
+                owes_evaluation=_owes_evaluation(attempt, work.evaluation_interval, int(state.step)),
                 manager=manager,
                 writer=writer,
                 stop=stop,
@@ -310,8 +357,8 @@ def run_session(
             del state
             try:
                 loop(session)
-            except DataEnded:
-                session.save_before_data_end()
+            except endings as end:
+                session.save_before(end)
                 raise
     finally:
         setup.close()
@@ -319,6 +366,16 @@ def run_session(
         if manager is not None:
             manager.close()
     return Result(attempt.dir, int(session.state.step), session.last_row, session.state)
+
+
+def _owes_evaluation(attempt: Run, interval: int, start: int) -> bool:
+    """Whether the attempt that saved the step which the run goes on from ended before the evaluation due after it."""
+    path = metrics_path(attempt.dir)
+    if attempt.resume_step is None or not is_due(interval, start) or not path.is_file():
+        return False
+    return not any(
+        row["step"] == start and any(name.startswith("evaluation/") for name in row) for row in read_metrics(path)
+    )
 
 
 def _timer(recipe: TrainingRecipe, setup: ModelSetup) -> StepTimer:

@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def first_state(
     recipe: TrainingRecipe, setup: SessionSetup, identity: Identity, folder: Path
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, dict[str, Any]]:
     """The state that the first step of an attempt takes; the data iterator is put where that step reads on.
 
     Args:
@@ -35,12 +36,12 @@ def first_state(
         folder: its checkpoints.
 
     Returns:
-        The state, and how many steps the guard skipped on the way to it.
+        The state, and what the run's own checkpoint kept beside it; else that the guard has skipped no step.
 
     Raises:
         ValueError: a checkpoint is damaged, or holds another model, batch or data position than the recipe's.
     """
-    section = recipe.model
+    section, nothing_skipped = recipe.model, {"skipped_steps": 0}
     abstract, shardings = setup.abstract, setup.shardings.state
     found = find_resume_step(folder, recipe.checkpoint.verify)
     if found is not None:
@@ -50,19 +51,19 @@ def first_state(
         state = with_base(state, recipe, setup, info, step_dir)
         setup.train_iterator.set_state(own_data_state(info.data_state, step_dir))
         logger.info("Resumed from %s: %d steps completed", step_dir, found)
-        return state, info.extra["skipped_steps"]
+        return state, info.extra
     if section.load_full_state_path is not None:
         path = Path(section.load_full_state_path).expanduser()
         step_dir = find_step_dir(path, where="model.load_full_state_path")
         state, info = restore_state(step_dir, abstract, shardings, identity, verify=recipe.checkpoint.verify)
         state = with_base(state, recipe, setup, info, step_dir)
         logger.info("Loaded full state from %s: %d steps completed; the data starts anew", step_dir, info.step)
-        return state, 0
+        return state, nothing_skipped
     if setup.model.adapters is None:
         params = first_params(recipe, setup)
     else:
         params = join(adapter_base(recipe, setup), first_adapters(recipe, setup))
-    return init_state(setup.model, setup.tx, setup.shardings, params, seed=recipe.train.seed), 0
+    return init_state(setup.model, setup.tx, setup.shardings, params, seed=recipe.train.seed), nothing_skipped
 
 
 def first_params(recipe: TrainingRecipe, setup: ModelSetup) -> Params | None:
