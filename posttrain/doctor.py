@@ -28,30 +28,47 @@ class Doctor:
             highest: the largest.
         """
         self._section = section
-        self._lasted: dict[str, int] = {}
         self._symptoms = watched_symptoms(section, lowest, highest)
+        self._lasted = dict.fromkeys(self._symptoms, 0)
+        self._told: set[str] = set()
 
-    def examine(self, step: int, row: Mapping[str, float]) -> list[str]:
-        """Looks at the metrics of a step.
+    def counts(self) -> dict[str, int]:
+        """For how many steps each symptom has lasted, as a checkpoint keeps it."""
+        return dict(self._lasted)
+
+    def take_up(self, counts: Mapping[str, int]) -> None:
+        """Goes on from the counts of an earlier attempt; a symptom that they do not name begins anew."""
+        self._lasted |= {name: count for name, count in counts.items() if name in self._symptoms}
+
+    def note(self, row: Mapping[str, float]) -> None:
+        """Counts the metrics of a step: before it is saved, so that the counts are those of the steps that are."""
+        if self._section.action == "off":
+            return
+        for name, (shows, _) in self._symptoms.items():
+            self._lasted[name] = self._lasted[name] + 1 if shows(row) else 0
+
+    def examine(self, step: int) -> list[str]:
+        """Says what the steps up to this one show; an attempt that goes on says again what lasts still.
 
         Returns:
-            The symptoms that have just lasted for doctor.patience steps.
+            The symptoms that have lasted for doctor.patience steps, and weren't named while they did.
 
         Raises:
             HopelessRun: there is one, and the action is stop.
         """
         if self._section.action == "off":
             return []
-        found = []
-        for name, (shows, advice) in self._symptoms.items():
-            self._lasted[name] = self._lasted.get(name, 0) + 1 if shows(row) else 0
-            if self._lasted[name] != self._section.patience:
-                continue
-            message = f"step {step}: doctor.patience={self._section.patience}: {name}, for so many steps: {advice}"
+        lasting = {name for name, count in self._lasted.items() if count >= self._section.patience}
+        found = [name for name in self._symptoms if name in lasting - self._told]
+        self._told = lasting
+        for name in found:
+            message = (
+                f"step {step}: doctor.patience={self._section.patience}: {name}, for {self._lasted[name]} steps: "
+                f"{self._symptoms[name][1]}"
+            )
             if self._section.action == "stop":
-                raise HopelessRun(message)
+                raise HopelessRun(f"{message}; or set doctor.action=warn to go on")
             logger.warning("%s", message)
-            found.append(name)
         return found
 
 

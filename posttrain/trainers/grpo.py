@@ -15,10 +15,11 @@ weights, optimizer and checkpoints are the session's, so that a run resumes to t
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,13 +28,13 @@ from models.sharding import activation_mesh
 from models.tokenizer import Tokenizer, load_tokenizer
 from posttrain.bundle import ModelBundle
 from posttrain.data.policy_rows import Packing, PolicyBatch, pack, unpack
-from posttrain.doctor import Doctor
+from posttrain.doctor import Doctor, HopelessRun
 from posttrain.held_facts import held_engine, held_weights
 from posttrain.ledger import TABLE_COLUMNS, drop_after, table, write_step
 from posttrain.reward_file import hold_to_reward_file
 from posttrain.rollout_log import ledger_rows, mismatch_metrics, rollout_metrics, unlearnt
 from posttrain.rollouts import Judge, Judged, NoSignal, RewardStop, Rollout, collect, sample
-from posttrain.samplers.base import Sampler, Sampling
+from posttrain.samplers.base import Completion, Prompt, Sampler, SamplerError, Sampling
 from posttrain.samplers.choose import make_sampler
 from posttrain.trainers.grpo_setup import (
     Prompts,
@@ -56,9 +57,21 @@ from pretrain.step import ROWS, Metrics
 from recipes.load import LoadedRecipe
 from recipes.rundir import Run, create_run
 from recipes.schema import GRPORecipe
+from rewards.base import RewardPoolError
 from rewards.combination import total_range
 
 logger = logging.getLogger(__name__)
+
+DOCTOR = "doctor"
+"""What a checkpoint calls the counts of the doctor."""
+
+
+class NothingLearnable(ValueError):
+    """None of a step's completions may be learnt from."""
+
+
+ENDINGS = (HopelessRun, NoSignal, RewardStop, NothingLearnable, SamplerError, RewardPoolError)
+"""What ends a run and says nothing against the policy, which is saved: it may even be as good as it can get."""
 
 
 def run(loaded: LoadedRecipe, argv: Sequence[str], *, reward_file: Path | None = None) -> Result:
@@ -123,6 +136,7 @@ class GRPO:
         self.seconds: dict[str, float] = {}
         self.host_metrics: dict[int, dict[str, float]] = {}
         self.step_start = self.sync_seconds = 0.0
+        self.position: dict[str, Any] = {}
 
     def run(self) -> Result:
         """Trains to the last step."""
@@ -138,6 +152,9 @@ class GRPO:
             host_metrics=self.host_metrics.pop,
             tokens=lambda row: row["completions/trained_tokens"],
             before_save=self.bundle.require_frozen,
+            endings=ENDINGS,
+            extra=lambda: {DOCTOR: self.doctor.counts()},
+            take_up=lambda extra: self.doctor.take_up(extra.get(DOCTOR, {})),
         )
         return run_session(self.recipe, self.setup, work, self.attempt, weights=self.weights, loop=self._loop)
 
@@ -147,6 +164,7 @@ class GRPO:
         self.sync()
         if self.evaluator is not None:
             self.evaluator.note(self.attempt)
+        session.make_up_evaluation()
         if session.start == 0 and self.recipe.eval.at_start:
             self._evaluate_once()
         if not session.ended:
@@ -173,14 +191,17 @@ class GRPO:
         """Writes the held-out metrics, unless they are known after as many steps."""
         done = self.session.done
         if self.evaluator is not None and not self.evaluator.is_known(self.attempt, done):
+            self.session.end_if_asked()
             self.session.writer.write(done, self.evaluate())
+            self.session.end_if_asked()
 
     def evaluate(self) -> dict[str, float]:
         """The held-out metrics of the weights as they are; nothing without held-out problems."""
         if self.evaluator is None:
             return {}
         self.sync()
-        report = self.evaluator(self.sampler)
+        halting: Any = _Halting(self.sampler, self.session.end_if_asked)
+        report = self.evaluator(halting)
         report.write(self.attempt.dir / "evaluations", f"step-{self.session.done:06d}")
         logger.info("held-out problems after %d steps:\n%s", self.session.done, report.table())
         return report.metrics()
@@ -205,6 +226,7 @@ class GRPO:
             seed=self.recipe.train.seed,
             step=self.session.done + 1,
         )
+        self.position = self.prompts.train.get_state()
         try:
             rollout = collect(
                 lambda count, seen: self.prompts.train.take(count, exclude=seen),
@@ -214,6 +236,9 @@ class GRPO:
             )
         except (RewardStop, NoSignal) as stop:
             self._record_unlearnt(stop.judged)
+            raise
+        except (SamplerError, RewardPoolError):
+            self.prompts.train.set_state(self.position)
             raise
         self.seconds |= {"rollout": rollout.sample_seconds, "reward": rollout.reward_seconds}
         return rollout
@@ -234,19 +259,19 @@ class GRPO:
             scores = self.score(self.session.state.params, batch)
             batch = replace(batch, old_logps=jax.block_until_ready(scores))
             self.seconds["old_policy"] = time.perf_counter() - start
-        row = self.host_metrics[self.session.done + 1] = rollout_metrics(rollout, self.recipe.rl)
+        self.host_metrics[self.session.done + 1] = rollout_metrics(rollout, self.recipe.rl)
         metrics = self.session.step(batch)
         # What is due after a step, such as an evaluation with its sync or a save, is no part of the next one.
         self._start_clock()
         # Nothing is gained by a report that is a step late, as the step was waited for.
         self.session.flush()
-        self.doctor.examine(self.session.done, {**row, "sampler/mismatch_kl": float(metrics["sampler/mismatch_kl"])})
+        self.doctor.examine(self.session.done)
         return metrics["learning/loss"], None, metrics["finite"]
 
     def _pack(self, rollout: Rollout) -> Packing:
         if not any(one.counts for one in rollout.sequences):
             self._record_unlearnt(rollout.sampled())
-            raise ValueError(
+            raise NothingLearnable(
                 f"step {self.session.done + 1}: none of {len(rollout.sequences)} completions may be learnt from: their "
                 "rewards failed, or they were truncated; the ledger has them; set rewards.on_failure=zero, or begin "
                 "a run with a longer rl.max_completion_length or without rl.mask_truncated"
@@ -279,6 +304,7 @@ class GRPO:
         # Here, and not after the step, which may end with a save: a step that is saved has its completions on disk.
         logps = unpack(np.asarray(metrics[ROWS + LOGPS]), self.packing, self.rollout.sequences)
         row |= mismatch_metrics(self.rollout, logps)
+        self.doctor.note({**row, "sampler/mismatch_kl": float(metrics["sampler/mismatch_kl"])})
         self._record(self.session.done, self.rollout, logps)
         return state, metrics
 
@@ -286,7 +312,11 @@ class GRPO:
         self.step_start, self.seconds = time.perf_counter(), {}
 
     def _record_unlearnt(self, judged: Judged) -> None:
-        """So that the ledger names what went wrong; a resumed run drops the file, as the step was not made."""
+        """So that the ledger names what went wrong; a resumed run drops the file, as the step was not made.
+
+        Its prompts have their turn again.
+        """
+        self.prompts.train.set_state(self.position)
         self._record(self.session.done + 1, unlearnt(judged), [None] * len(judged.completions))
 
     def _record(self, done: int, rollout: Rollout, logps: Sequence[np.ndarray | None]) -> None:
@@ -295,3 +325,20 @@ class GRPO:
         write_step(self.attempt.dir, done, rows)
         if is_due(shown.completions_interval, done):
             self.session.writer.write_table(done, "completions", TABLE_COLUMNS, table(rows[: shown.completions_shown]))
+
+
+class _Halting:
+    """The part of a sampler that an evaluation needs, which asks before each round of sampling whether to go on."""
+
+    def __init__(self, sampler: Sampler, before: Callable[[], None]) -> None:
+        self._sampler, self._before = sampler, before
+
+    @property
+    def weight_version(self) -> int:
+        """The sampler's."""
+        return self._sampler.weight_version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """As `Sampler.generate`."""
+        self._before()
+        return self._sampler.generate(prompts, sampling)
