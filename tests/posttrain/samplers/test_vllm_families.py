@@ -84,6 +84,9 @@ def test_bfloat16_is_as_close_to_float32_as_the_trainers_own(family, tmp_path):
         for version in range(1, 6):
             params = weights(model, version)
             engine.sync(params, version)
+            # The trainer's are float32; the engine's memory is that of its own dtype.
+            held = engine._llm.apply_model(lambda served: {str(one.dtype) for one in served.parameters()})
+            assert held == [{"torch.bfloat16"}]
             completions = engine.generate(prompts, sampling)
             sequences = [(*p.token_ids, *c.token_ids) for p, c in zip(prompts, completions, strict=True)]
             sampled = np.concatenate([completion.logprobs for completion in completions])
