@@ -6,6 +6,7 @@ runs the same tests on a GPU.
 """
 
 import importlib.util
+import logging
 import os
 import random
 import subprocess
@@ -19,6 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
+OUR_PACKAGES = ("models", "posttrain", "pretrain", "recipes", "rewards")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 ENVIRONMENT = {
@@ -75,6 +77,17 @@ def seeded() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loggers_as_they_were() -> Iterator[None]:
+    """What a command of one module's tests set up for its log lines is gone in the next module's."""
+    loggers = [logging.getLogger(name) for name in OUR_PACKAGES]
+    before = [(one, list(one.handlers), one.level, one.propagate) for one in loggers]
+    yield
+    for one, handlers, level, propagate in before:
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.fixture
